@@ -1,0 +1,161 @@
+// Decodes the (operands, layout, scales) encoding of linalg/operator.h into views.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "core/tensor.h"
+#include "linalg/preconditioner.h"
+
+namespace kantor {
+
+struct OperatorArgs {
+  std::vector<Tensor> operands;
+  std::vector<int64_t> layout;
+  std::vector<double> scales;
+};
+
+class OperatorReader {
+ public:
+  OperatorReader(const OperatorArgs& args, const Tensor& like) : args_(args), like_(like) {}
+
+  bool done() const { return position_ == args_.layout.size(); }
+  int64_t peek() const { return args_.layout.at(position_); }
+
+  template <class T>
+  OperatorTerm<T> term() {
+    require(scale_ < args_.scales.size(), "operator: fewer scales than terms");
+    const double scale = args_.scales[scale_++];
+    switch (static_cast<OperatorKind>(next())) {
+      case OperatorKind::dense: {
+        const int64_t rows = next(), cols = next();
+        return {scale, Dense<T>{rows, cols, operand<const T>(rows * cols)}};
+      }
+      case OperatorKind::csr: {
+        const int64_t rows = next(), cols = next(), halo = next();
+        if (operand_at(0).dtype == Dtype::i64) return {scale, csr<T, int64_t>(rows, cols, halo)};
+        return {scale, csr<T, int32_t>(rows, cols, halo)};
+      }
+      case OperatorKind::stencil: {
+        Stencil<T> A{};
+        A.nz = next(), A.ny = next(), A.nx = next();
+        A.neumann_z = next() != 0, A.neumann_y = next() != 0, A.neumann_x = next() != 0;
+        A.weights = operand<const T>(4);
+        return {scale, A};
+      }
+      case OperatorKind::faces: {
+        FaceStencil<T> A{};
+        A.nz = next(), A.ny = next(), A.nx = next();
+        const bool three_dimensional = next() == 3;
+        A.shift = operand<const T>(1);
+        A.fz = operand<const T>((A.nz + 1) * A.ny * A.nx);
+        A.fy = three_dimensional ? operand<const T>(A.nz * (A.ny + 1) * A.nx) : nullptr;
+        A.fx = operand<const T>(A.nz * A.ny * (A.nx + 1));
+        return {scale, A};
+      }
+      case OperatorKind::diagonal: {
+        const int64_t n = next();
+        return {scale, Diagonal<T>{n, operand<const T>(n)}};
+      }
+      default:
+        throw std::invalid_argument("operator: unknown kind in the layout");
+    }
+  }
+
+  template <class T>
+  IncompleteCholesky<T> incomplete_cholesky() {
+    ++scale_;
+    require(next() == int64_t(OperatorKind::incomplete_cholesky), "preconditioner: expected an incomplete Cholesky factor");
+    IncompleteCholesky<T> M{};
+    M.n = next();
+    M.lower.levels = next(), M.upper.levels = next();
+    for (TriangularFactor<T>* factor : {&M.lower, &M.upper}) {
+      factor->crow = operand<const int32_t>(M.n + 1);
+      const int64_t nnz = operand_at(0).size();
+      factor->col = operand<const int32_t>(nnz);
+      factor->values = operand<const T>(nnz);
+    }
+    for (TriangularFactor<T>* factor : {&M.lower, &M.upper}) {
+      factor->level_pointers = operand<const int32_t>(-1);
+      factor->level_rows = operand<const int32_t>(M.n);
+    }
+    return M;
+  }
+
+  template <class T>
+  Operator<T> whole_operator() {
+    Operator<T> A;
+    while (!done()) A.terms.push_back(term<T>());
+    require(!A.terms.empty(), "operator: no terms");
+    std::tie(A.rows, A.cols) = shape_of(A.terms.front());
+    for (const OperatorTerm<T>& term : A.terms)
+      require(shape_of(term) == std::pair(A.rows, A.cols), "operator: the terms of a sum differ in shape");
+    return A;
+  }
+
+ private:
+  int64_t next() {
+    require(position_ < args_.layout.size(), "operator: the layout ends early");
+    return args_.layout[position_++];
+  }
+
+  const Tensor& operand_at(size_t ahead) const {
+    require(operand_ + ahead < args_.operands.size(), "operator: fewer operands than its layout asks for");
+    return args_.operands[operand_ + ahead];
+  }
+
+  // The next operand's elements; `size` -1 accepts any.
+  template <class E>
+  E* operand(int64_t size) {
+    const Tensor& tensor = operand_at(0);
+    ++operand_;
+    require_same_device(tensor, like_, "operator and vector");
+    const auto span = elements<E>(tensor, "operator");
+    require(size < 0 || static_cast<int64_t>(span.size()) == size, "operator: an operand has the wrong number of elements");
+    return span.data();
+  }
+
+  template <class T, class Index>
+  Csr<T, Index> csr(int64_t rows, int64_t cols, int64_t halo) {
+    const Index* crow = operand<const Index>(rows + 1);
+    const int64_t nnz = operand_at(0).size();
+    const Index* col = operand<const Index>(nnz);
+    return {rows, cols, halo, crow, col, operand<const T>(nnz)};
+  }
+
+  template <class T>
+  static std::pair<int64_t, int64_t> shape_of(const OperatorTerm<T>& term) {
+    return std::visit(
+        [](const auto& A) -> std::pair<int64_t, int64_t> {
+          if constexpr (requires { A.rows; })
+            return {A.rows, A.cols};
+          else if constexpr (requires { A.nz; })
+            return {A.nz * A.ny * A.nx, A.nz * A.ny * A.nx};
+          else
+            return {A.n, A.n};
+        },
+        term.form);
+  }
+
+  const OperatorArgs& args_;
+  const Tensor& like_;
+  size_t position_ = 0, operand_ = 0, scale_ = 0;
+};
+
+template <class T>
+Operator<T> read_operator(const OperatorArgs& args, const Tensor& like) {
+  return OperatorReader(args, like).whole_operator<T>();
+}
+
+// An empty layout means none.
+template <class T>
+Preconditioner<T> read_preconditioner(const OperatorArgs& args, const Tensor& like) {
+  OperatorReader reader(args, like);
+  if (reader.done()) return std::monostate{};
+  if (reader.peek() == int64_t(OperatorKind::incomplete_cholesky)) return reader.incomplete_cholesky<T>();
+  Operator<T> M = reader.whole_operator<T>();
+  if (M.terms.size() == 1 && M.terms.front().scale == 1.0)
+    if (const auto* d = std::get_if<Diagonal<T>>(&M.terms.front().form)) return *d;
+  return M;
+}
+
+}  // namespace kantor

@@ -1,0 +1,192 @@
+// Preconditioned conjugate gradients for A x = b, A symmetric positive definite (Hestenes & Stiefel 1952; notation of
+// Saad, Iterative Methods for Sparse Linear Systems, 2nd ed., algorithm 9.1), for a batch of right-hand sides.
+//
+// The algorithm is this file: the scalar recurrences, shared by all backends, and the iteration over a `Space` that supplies
+// the vector passes (cg_cpu.cpp, cg_cuda.cu). A system that has finished is latched: later passes leave it alone.
+#pragma once
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+
+#include "core/exec.h"
+#include "core/hd.h"
+#include "linalg/operator.h"
+#include "linalg/preconditioner.h"
+
+namespace kantor {
+
+// Values shared with python/kantor/linalg/cg.py.
+enum class CgStatus : int32_t {
+  running = 0,
+  converged = 1,
+  max_iterations = 2,
+  negative_curvature = 3,
+  singular = 4,
+  stagnated = 5,
+  breakdown = 6,
+  interrupted = 7,
+  stopped = 8,
+  indefinite_preconditioner = 9,
+  bad_scale = 10,
+};
+
+struct CgOptions {
+  double rtol, atol;
+  int64_t max_iterations;
+  double epsilon;          // unit roundoff of the storage type
+  int64_t history_length;  // residual norms kept per system; when full, every second one is dropped
+};
+
+// One system's scalars. All doubles: the array is the op's `info` output, (batch, cg_state_size) float64.
+struct CgState {
+  double status, iterations, residual_norm, b_norm, curvature, history_stride, history_count, restarts;
+  double target_squared, rr, rz, alpha, beta, lambda_max, verified_rr, verified;
+
+  KANTOR_HD bool running() const { return status == double(CgStatus::running); }
+  KANTOR_HD void finish(CgStatus s) { status = double(s); }
+};
+inline constexpr int64_t cg_state_size = sizeof(CgState) / sizeof(double);
+
+// Residual norms of a whole run in a fixed number of slots: when they are full, every second one goes.
+KANTOR_HD void cg_record(CgState& s, const CgOptions& options, double* history) {
+  while (static_cast<int64_t>(s.iterations) % static_cast<int64_t>(s.history_stride) == 0) {
+    const int64_t count = static_cast<int64_t>(s.history_count);
+    if (count < options.history_length) {
+      history[count] = std::sqrt(s.rr);
+      s.history_count += 1;
+      return;
+    }
+    for (int64_t i = 0; 2 * i < count; ++i) history[i] = history[2 * i];
+    s.history_count = double((count + 1) / 2);
+    s.history_stride *= 2;
+  }
+}
+
+// bb = b.b, b_max = max|b|, rr = r.r for the starting residual.
+KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double b_max, double rr, double* history) {
+  s = CgState{};
+  s.history_stride = 1;
+  s.rr = rr;
+  s.verified_rr = rr;
+  s.b_norm = std::sqrt(bb);
+  const double target = std::fmax(options.rtol * s.b_norm, options.atol);
+  s.target_squared = target * target;
+  // Outside this range squares, or the iterates in the storage type, under- or overflow: the caller rescales b.
+  const bool single = options.epsilon > 1e-10;
+  const bool representable = bb > (single ? 1e-40 : 1e-200) && bb < (single ? 1e60 : 1e280);
+  if (!std::isfinite(b_max))
+    s.finish(CgStatus::breakdown);
+  else if ((b_max > 0 && !representable) || !std::isfinite(rr))
+    s.finish(CgStatus::bad_scale);
+  else if (rr <= s.target_squared)
+    s.finish(CgStatus::converged);
+  else if (options.max_iterations == 0)
+    s.finish(CgStatus::max_iterations);
+  cg_record(s, options, history);
+}
+
+// After z = M r with rz = r.z. Step 7: beta = rz_new / rz_old.
+KANTOR_HD void cg_after_precondition(CgState& s, double rz) {
+  if (!s.running()) return;
+  if (!std::isfinite(rz)) return s.finish(CgStatus::breakdown);
+  if (rz <= 0) return s.finish(CgStatus::indefinite_preconditioner);
+  s.beta = s.rz > 0 ? rz / s.rz : 0;
+  s.rz = rz;
+}
+
+// After q = A p with pq = p.q and qq = q.q. Step 3: alpha = rz / pq.
+KANTOR_HD void cg_after_apply(CgState& s, const CgOptions& options, double pq, double qq) {
+  if (!s.running()) return;
+  const double previous_alpha = s.alpha;
+  s.alpha = 0;  // a latched system takes no step
+  if (!(std::isfinite(pq) && std::isfinite(qq))) return s.finish(CgStatus::breakdown);
+  s.curvature = pq;
+  if (pq < 0) return s.finish(CgStatus::negative_curvature);
+  if (pq == 0) return s.finish(CgStatus::singular);
+  const double alpha = s.rz / pq;
+  // Diagonal of the Lanczos matrix: a lower bound of the largest eigenvalue of M A, for free.
+  s.lambda_max = std::fmax(s.lambda_max, 1 / alpha + (previous_alpha > 0 ? s.beta / previous_alpha : 0));
+  // Curvature zero to rounding AND a step that would blow the residual up: A is singular and b not in its range. The size
+  // of the curvature alone proves nothing (a badly scaled but solvable system has tiny ones too).
+  if (1 / alpha <= 8 * options.epsilon * s.lambda_max && alpha * alpha * qq > 1e4 * s.rr)
+    return s.finish(CgStatus::singular);
+  s.alpha = alpha;
+}
+
+// After x += alpha p, r -= alpha q with rr = r.r. Steps 4-6.
+KANTOR_HD void cg_after_update(CgState& s, const CgOptions& options, double rr, double* history) {
+  if (!s.running()) return;
+  s.iterations += 1;
+  s.rr = rr;
+  if (!std::isfinite(rr))
+    s.finish(CgStatus::breakdown);
+  else if (rr <= s.target_squared)
+    s.finish(CgStatus::converged);
+  else if (s.iterations >= double(options.max_iterations))
+    s.finish(CgStatus::max_iterations);
+  cg_record(s, options, history);
+}
+
+// After the true residual r = b - A x was formed in double (rr = r.r) for a system that has stopped; pp = p.p. A recurrence
+// that claims convergence too early is replaced by the true residual and goes on (van der Vorst & Ye 2000); when a whole leg
+// did not halve the true residual, rounding has the last word.
+KANTOR_HD void cg_after_verify(CgState& s, const CgOptions& options, double rr, double pp) {
+  s.residual_norm = std::sqrt(rr);
+  const bool no_step = s.status == double(CgStatus::negative_curvature) || s.status == double(CgStatus::singular);
+  s.curvature = no_step && pp > 0 ? s.curvature / pp : 0;
+  if (rr <= s.target_squared && s.status == double(CgStatus::max_iterations)) s.finish(CgStatus::converged);
+  if (s.status != double(CgStatus::converged) || rr <= s.target_squared) return;
+  if (s.iterations >= double(options.max_iterations)) return s.finish(CgStatus::max_iterations);
+  if (s.restarts > 0 && rr > 0.25 * s.verified_rr) return s.finish(CgStatus::stagnated);
+  s.restarts += 1;
+  s.verified_rr = rr;
+  s.rr = rr;
+  if (rr > 4 * s.target_squared) s.rz = 0;  // far off: conjugacy to the old directions is lost, start afresh
+  s.finish(CgStatus::running);
+}
+
+// Returns a status that ends every running system (interrupted, stopped), or running to go on. Called between iterations with
+// the number of the iteration and the largest residual norm of the running systems.
+using CgMonitor = std::function<CgStatus(int64_t iteration, double residual_norm)>;
+
+template <class Space>
+void conjugate_gradients(Space& space, const CgMonitor& monitor) {
+  space.start();                      // r = b - A x, b.b, r.r
+  for (int64_t iteration = 1; space.any_running();) {
+    while (space.any_running()) {
+      space.precondition();           // z = M r, r.z                             -> beta
+      space.direction_and_apply();    // p = z + beta p, q = A p, p.q             -> alpha, or negative curvature
+      space.update();                 // x += alpha p, r -= alpha q, r.r          -> converged?
+      space.monitor(iteration++, monitor);
+    }
+    space.verify();                   // r = b - A x of the systems that stopped; those that drifted run again
+  }
+}
+
+// All vectors are (batch, n), contiguous. q and z are scratch, z may alias r when there is no preconditioner. On return p
+// holds the last direction (of negative or zero curvature, when that was the status) and r the true residual.
+template <class T>
+struct CgVectors {
+  int64_t n, batch;
+  const T* b;
+  T *x, *r, *p, *q, *z;
+  bool zero_start;     // x is zero: r = b without a product
+  CgState* states;     // (batch)
+  double* history;     // (batch, history_length)
+  void* workspace;     // CUDA only: cg_workspace_bytes(batch) of device memory
+};
+
+// The product as a call back into Python: q = A x when `to_x`, else q = A p.
+using ApplyCallback = std::function<void(bool to_x)>;
+
+// A null operator means the callback.
+template <class T>
+void cg_cpu(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
+            const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor);
+template <class T>
+void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
+             const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor);
+int64_t cg_workspace_bytes(int64_t batch);
+
+}  // namespace kantor

@@ -1,0 +1,282 @@
+// The vector passes of conjugate gradients on the CPU. Words of memory traffic per unknown and iteration (a word is one
+// element; matrix data and preconditioner come on top):
+//   operator cheap to recompute (constant stencil, diagonal): 8
+//     direction_and_apply   read z, read p, write p                 q = A p stays in the first-level cache: only p.q leaves
+//     update                read x, r, p, write x, r                q is formed again
+//   other operators: 10, and 11 where writing q fetches the line first
+//     direction_and_apply   read z, read p, write p, write q
+//     update                read x, r, p, q, write x, r
+// The direction p is updated in place, `halo` rows ahead of the rows whose product is formed, so that it is still in cache.
+#include <algorithm>
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/reduce.h"
+#include "linalg/cg.h"
+#include "linalg/vector.h"
+
+namespace kantor {
+namespace {
+
+// Rows whose product is formed at a time: 8 KiB of doubles, so that it stays in the first-level cache.
+constexpr int64_t block_size = 1024;
+
+template <class T>
+class CpuSpace {
+ public:
+  CpuSpace(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
+           const CgVectors<T>& v, const CgOptions& options)
+      : exec_(exec), A_(A), apply_(apply), M_(M), v_(v), options_(options) {
+    chunks_ = A ? chunks_of(*A) : Chunks{v.n};
+    halo_ = A ? halo_of(*A) : v.n;
+    recompute_ = A && words_per_row(*A) <= 1;
+    threads_ = threads_for(exec.threads, A ? work_of(*A, v.batch) : v.n * v.batch);
+    sums_.resize(static_cast<size_t>(2 * v.batch * chunks_.count()));
+    if (const auto* d = std::get_if<Diagonal<T>>(&M)) scaling_ = d->values;
+  }
+
+  bool any_running() const {
+    return std::any_of(v_.states, v_.states + v_.batch, [](const CgState& s) { return s.running(); });
+  }
+
+  void start() {
+    std::vector<double> b_max(static_cast<size_t>(v_.batch * chunks_.count()));
+    each_block([](int64_t) { return true; },
+               [&](int64_t k, int64_t chunk, Range rows) {
+                 const T* b = v_.b + k * v_.n + rows.begin;
+                 sum(0, k, chunk) += dot(rows.size(), b, b);
+                 double& largest = b_max[static_cast<size_t>(k * chunks_.count() + chunk)];
+                 largest = std::fmax(largest, max_abs(rows.size(), b));
+               });
+    form_residual([](int64_t) { return true; });
+    for (int64_t k = 0; k < v_.batch; ++k) {
+      const auto first = b_max.begin() + k * chunks_.count();
+      double largest = 0;
+      for (auto it = first; it != first + chunks_.count(); ++it) largest = *it <= largest ? largest : *it;  // keeps NaN
+      cg_start(v_.states[k], options_, total(0, k), largest, total(1, k), history(k));
+    }
+  }
+
+  void precondition() {
+    if (const auto* M = std::get_if<IncompleteCholesky<T>>(&M_)) {
+      for (int64_t k = 0; k < v_.batch; ++k)
+        if (running(k)) solve_incomplete_cholesky_cpu(exec_, *M, v_.r + k * v_.n, v_.z + k * v_.n);
+    } else if (const auto* callback = std::get_if<Callback>(&M_)) {
+      (*callback)();
+    }
+    const auto* M = std::get_if<Operator<T>>(&M_);
+    if (!std::holds_alternative<std::monostate>(M_)) {
+      each_block([this](int64_t k) { return running(k); },
+                 [&](int64_t k, int64_t chunk, Range rows) {
+                   const T* r = v_.r + k * v_.n + rows.begin;
+                   T* z = v_.z + k * v_.n + rows.begin;
+                   if (scaling_) {
+                     sum(0, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, r);
+                   } else {
+                     if (M) apply_rows(*M, v_.r + k * v_.n, z, rows);
+                     sum(0, k, chunk) += dot(rows.size(), r, z);
+                   }
+                 });
+    }
+    for (int64_t k = 0; k < v_.batch; ++k)
+      cg_after_precondition(v_.states[k], std::holds_alternative<std::monostate>(M_) ? v_.states[k].rr : total(0, k));
+  }
+
+  void direction_and_apply() {
+    if (!A_) {
+      each_block([this](int64_t k) { return running(k); },
+                 [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
+      apply_(false);
+      each_block([this](int64_t k) { return running(k); },
+                 [&](int64_t k, int64_t chunk, Range rows) {
+                   add_products(k, chunk, rows, v_.q + k * v_.n + rows.begin);
+                 });
+    } else {
+      clear_sums();
+      split([&](Range chunks, Range systems) { direction_and_apply(chunks, systems); });
+    }
+    for (int64_t k = 0; k < v_.batch; ++k) cg_after_apply(v_.states[k], options_, total(0, k), total(1, k));
+  }
+
+  void update() {
+    each_block([this](int64_t k) { return running(k); },
+               [&](int64_t k, int64_t chunk, Range rows) {
+                 const int64_t at = k * v_.n + rows.begin;
+                 T scratch[block_size];
+                 const T* q = v_.q + at;
+                 if (recompute_) {
+                   apply_rows(*A_, v_.p + k * v_.n, scratch, rows);
+                   q = scratch;
+                 }
+                 const T alpha = static_cast<T>(v_.states[k].alpha);
+                 sum(0, k, chunk) += update_iterate(rows.size(), alpha, v_.p + at, q, v_.x + at, v_.r + at);
+               });
+    for (int64_t k = 0; k < v_.batch; ++k) cg_after_update(v_.states[k], options_, total(0, k), history(k));
+  }
+
+  void monitor(int64_t iteration, const CgMonitor& monitor) {
+    if (!monitor) return;
+    double largest = 0;
+    for (int64_t k = 0; k < v_.batch; ++k) largest = std::fmax(largest, v_.states[k].rr);
+    const CgStatus status = monitor(iteration, std::sqrt(largest));
+    if (status == CgStatus::running) return;
+    for (int64_t k = 0; k < v_.batch; ++k)
+      if (running(k)) v_.states[k].finish(status);
+  }
+
+  void verify() {
+    const auto stopped = [this](int64_t k) { return !running(k) && v_.states[k].verified == 0; };
+    each_block(stopped, [&](int64_t k, int64_t chunk, Range rows) {
+      const T* p = v_.p + k * v_.n + rows.begin;
+      if (v_.states[k].curvature != 0) sum(0, k, chunk) += dot(rows.size(), p, p);
+    });
+    form_residual(stopped);
+    for (int64_t k = 0; k < v_.batch; ++k) {
+      if (!stopped(k)) continue;
+      cg_after_verify(v_.states[k], options_, total(1, k), total(0, k));
+      v_.states[k].verified = running(k) ? 0 : 1;
+    }
+  }
+
+ private:
+  bool running(int64_t k) const { return v_.states[k].running(); }
+  double* history(int64_t k) const { return v_.history + k * options_.history_length; }
+
+  double& sum(int which, int64_t k, int64_t chunk) {
+    return sums_[static_cast<size_t>((which * v_.batch + k) * chunks_.count() + chunk)];
+  }
+  double total(int which, int64_t k) { return tree_sum(&sum(which, k, 0), chunks_.count()); }
+  void clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
+
+  // body(chunks, systems) on every thread: a share of the chunks of all systems (the operator's data is then read once for
+  // the batch), or all chunks of a share of the systems when there are few chunks.
+  template <class Body>
+  void split(Body&& body) {
+    parallel_region(threads_, [&](int worker, int workers) {
+      if (v_.batch >= workers && chunks_.count() < 4 * workers)
+        body(Range{0, chunks_.count()}, share(v_.batch, worker, workers));
+      else
+        body(share(chunks_.count(), worker, workers), Range{0, v_.batch});
+    });
+  }
+
+  // body(k, chunk, rows) for every block of rows of every system that `active` selects. Clears the sums first.
+  template <class Active, class Body>
+  void each_block(Active&& active, Body&& body) {
+    clear_sums();
+    split([&](Range chunks, Range systems) {
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        const Range rows = chunks_.range(chunk);
+        for (int64_t begin = rows.begin; begin < rows.end; begin += block_size)
+          for (int64_t k = systems.begin; k < systems.end; ++k)
+            if (active(k)) body(k, chunk, Range{begin, std::min(begin + block_size, rows.end)});
+      }
+    });
+  }
+
+  void advance_direction(int64_t k, Range rows) {
+    const T beta = static_cast<T>(v_.states[k].beta);
+    const int64_t at = k * v_.n + rows.begin;
+    if (scaling_)
+      update_direction_scaled(rows.size(), beta, scaling_ + rows.begin, v_.r + at, v_.p + at);
+    else
+      update_direction(rows.size(), beta, v_.z + at, v_.p + at);
+  }
+
+  void add_products(int64_t k, int64_t chunk, Range rows, const T* q) {
+    sum(0, k, chunk) += dot(rows.size(), v_.p + k * v_.n + rows.begin, q);
+    sum(1, k, chunk) += dot(rows.size(), q, q);
+  }
+
+  // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then, after
+  // the barrier, everyone sweeps its slab with p advanced `halo` rows ahead of the product.
+  void direction_and_apply(Range chunks, Range systems) {
+    const Range slab{chunks_.range(chunks.begin).begin,
+                     chunks.begin < chunks.end ? chunks_.range(chunks.end - 1).end : chunks_.range(chunks.begin).begin};
+    const auto advance = [&](int64_t begin, int64_t end) {
+      if (begin >= end) return;
+      for (int64_t k = systems.begin; k < systems.end; ++k)
+        if (running(k)) advance_direction(k, {begin, end});
+    };
+    int64_t frontier = std::min(slab.begin + halo_, slab.end);
+    const int64_t last = std::max(frontier, slab.end - halo_);
+    advance(slab.begin, frontier);
+    advance(last, slab.end);
+    barrier();
+    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      const Range rows = chunks_.range(chunk);
+      for (int64_t begin = rows.begin; begin < rows.end; begin += block_size) {
+        const Range block{begin, std::min(begin + block_size, rows.end)};
+        const int64_t needed = std::min(block.end + halo_, last);
+        advance(frontier, needed);
+        frontier = std::max(frontier, needed);
+        for (int64_t k = systems.begin; k < systems.end; ++k) {
+          if (!running(k)) continue;
+          T scratch[block_size];
+          T* q = recompute_ ? scratch : v_.q + k * v_.n + block.begin;
+          apply_rows(*A_, v_.p + k * v_.n, q, block);
+          add_products(k, chunk, block, q);
+        }
+      }
+    }
+  }
+
+  // r = b - A x with the product and the difference in double; r.r in sum 1. Leaves sum 0 as it is.
+  template <class Active>
+  void form_residual(Active&& active) {
+    if (!A_ && !(v_.zero_start && first_residual_)) apply_(true);
+    split([&](Range chunks, Range systems) {
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk)
+        for (int64_t k = systems.begin; k < systems.end; ++k) {
+          if (!active(k)) continue;
+          sum(1, k, chunk) = 0;
+          const Range rows = chunks_.range(chunk);
+          for (int64_t begin = rows.begin; begin < rows.end; begin += block_size)
+            residual_block(k, chunk, {begin, std::min(begin + block_size, rows.end)});
+        }
+    });
+    first_residual_ = false;
+  }
+
+  void residual_block(int64_t k, int64_t chunk, Range rows) {
+    double product[block_size];
+    if (v_.zero_start && first_residual_)
+      std::fill_n(product, rows.size(), 0.0);
+    else if (A_)
+      apply_rows(*A_, v_.x + k * v_.n, product, rows);
+    else
+      std::copy_n(v_.q + k * v_.n + rows.begin, rows.size(), product);
+    const int64_t at = k * v_.n + rows.begin;
+    sum(1, k, chunk) += subtract(rows.size(), v_.b + at, product, v_.r + at);
+  }
+
+  Exec exec_;
+  const Operator<T>* A_;
+  const ApplyCallback& apply_;
+  const Preconditioner<T>& M_;
+  CgVectors<T> v_;
+  CgOptions options_;
+  Chunks chunks_{0};
+  int64_t halo_ = 0;
+  int threads_ = 1;
+  bool recompute_ = false;
+  bool first_residual_ = true;
+  const T* scaling_ = nullptr;  // diagonal preconditioner: z = scaling * r is never stored
+  std::vector<double> sums_;    // two partial sums a chunk and system
+};
+
+}  // namespace
+
+template <class T>
+void cg_cpu(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
+            const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor) {
+  CpuSpace<T> space(exec, A, apply, M, v, options);
+  conjugate_gradients(space, monitor);
+}
+
+template void cg_cpu(const Exec&, const Operator<float>*, const ApplyCallback&, const Preconditioner<float>&,
+                     const CgVectors<float>&, const CgOptions&, const CgMonitor&);
+template void cg_cpu(const Exec&, const Operator<double>*, const ApplyCallback&, const Preconditioner<double>&,
+                     const CgVectors<double>&, const CgOptions&, const CgMonitor&);
+
+}  // namespace kantor

@@ -1,0 +1,285 @@
+#include "linalg/operator.h"
+
+#include <cmath>
+
+#include "core/reduce.h"
+#include "core/simd.h"
+#include "linalg/vector.h"
+
+namespace kantor {
+namespace {
+
+// Each form writes or adds to rows [rows.begin, rows.end) of the product; y points at the first of these rows.
+
+template <class Out, class T>
+KANTOR_SIMD void dense_rows(const Dense<T>& A, double scale, const T* x, Out* y, Range rows, bool accumulate) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const T* row = A.values + i * A.cols;
+    const double sum = lane_sum(
+        A.cols, [=](int64_t j) KANTOR_INLINE_LAMBDA { return load8(row + j) * load8(x + j); },
+        [=](int64_t j) KANTOR_INLINE_LAMBDA { return double(row[j]) * double(x[j]); });
+    Out& target = y[i - rows.begin];
+    target = static_cast<Out>(scale * sum) + (accumulate ? target : Out(0));
+  }
+}
+
+template <class Out, class T, class Index>
+KANTOR_SIMD void csr_rows(const Csr<T, Index>& A, double scale, const T* x, Out* y, Range rows, bool accumulate) {
+  Index k = A.crow[rows.begin];
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const Index end = A.crow[i + 1];
+    double even = 0, odd = 0;  // two chains hide the latency of the additions
+    for (; k + 1 < end; k += 2) {
+      even += double(A.values[k]) * double(x[A.col[k]]);
+      odd += double(A.values[k + 1]) * double(x[A.col[k + 1]]);
+    }
+    if (k < end) even += double(A.values[k]) * double(x[A.col[k]]), ++k;
+    Out& target = y[i - rows.begin];
+    target = static_cast<Out>(scale * (even + odd)) + (accumulate ? target : Out(0));
+  }
+}
+
+// A grid row and its four neighbour rows. A neighbour outside the grid points at the centre row with weight 0 (Dirichlet)
+// or full weight (Neumann: the border value continues), so that the inner loops have no branches.
+template <class T>
+struct GridRow {
+  const T *centre, *below, *above, *front, *back;
+};
+
+template <class Out>
+struct StencilWeights {
+  Out diagonal, below, above, front, back, x;
+};
+
+template <class Out, class T>
+KANTOR_SIMD void stencil_interior(const GridRow<T>& row, const StencilWeights<Out>& weights, int64_t begin, int64_t end,
+                                  Out* __restrict y, bool accumulate) {
+  // Local copies: the compiler cannot tell that the members do not change while y is written.
+  const T *c = row.centre, *below = row.below, *above = row.above, *front = row.front, *back = row.back;
+  const StencilWeights<Out> w = weights;
+  if (accumulate)
+    for (int64_t i = begin; i < end; ++i)
+      y[i] += (w.diagonal * Out(c[i]) - w.x * (Out(c[i - 1]) + Out(c[i + 1]))) -
+              ((w.front * Out(front[i]) + w.back * Out(back[i])) + (w.below * Out(below[i]) + w.above * Out(above[i])));
+  else
+    for (int64_t i = begin; i < end; ++i)
+      y[i] = (w.diagonal * Out(c[i]) - w.x * (Out(c[i - 1]) + Out(c[i + 1]))) -
+             ((w.front * Out(front[i]) + w.back * Out(back[i])) + (w.below * Out(below[i]) + w.above * Out(above[i])));
+}
+
+// Cells begin..end-1 of one grid row of nx cells; y[i] belongs to cell i.
+template <class Out, class T>
+void stencil_row(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, int64_t nx, int64_t begin,
+                 int64_t end, Out* y, bool accumulate) {
+  const auto border = [&](int64_t i) {
+    const Out outside = neumann_x ? Out(row.centre[i]) : Out(0);
+    const Out left = i > 0 ? Out(row.centre[i - 1]) : outside, right = i + 1 < nx ? Out(row.centre[i + 1]) : outside;
+    const Out value = (w.diagonal * Out(row.centre[i]) - w.x * (left + right)) -
+                      ((w.front * Out(row.front[i]) + w.back * Out(row.back[i])) +
+                       (w.below * Out(row.below[i]) + w.above * Out(row.above[i])));
+    y[i] = accumulate ? y[i] + value : value;
+  };
+  const int64_t first = std::max<int64_t>(begin, 1), last = std::min<int64_t>(end, nx - 1);
+  if (begin == 0) border(0);
+  if (first < last) stencil_interior<Out, T>(row, w, first, last, y, accumulate);
+  if (end == nx && nx > 1) border(nx - 1);
+}
+
+// Calls row(z, y, begin, end, offset) for every stretch of a grid row inside `rows`; offset is its position in y.
+template <class Row>
+void for_each_grid_row(int64_t ny, int64_t nx, Range rows, Row&& row) {
+  for (int64_t i = rows.begin; i < rows.end;) {
+    const int64_t line = i / nx, begin = i - line * nx;
+    const int64_t end = std::min(nx, begin + rows.end - i);
+    row(line / ny, line % ny, begin, end, i - rows.begin);
+    i += end - begin;
+  }
+}
+
+template <class T>
+GridRow<T> grid_row(const T* centre, int64_t nz, int64_t ny, int64_t nx, int64_t iz, int64_t iy) {
+  return {centre, iz > 0 ? centre - ny * nx : centre, iz + 1 < nz ? centre + ny * nx : centre,
+          iy > 0 ? centre - nx : centre, iy + 1 < ny ? centre + nx : centre};
+}
+
+template <class Out, class T>
+void stencil_rows(const Stencil<T>& A, double scale, const T* x, Out* y, Range rows, bool accumulate) {
+  const double shift = A.weights[0], wz = A.weights[1], wy = A.weights[2], wx = A.weights[3];
+  for_each_grid_row(A.ny, A.nx, rows, [&](int64_t iz, int64_t iy, int64_t begin, int64_t end, int64_t offset) {
+    const bool below = iz > 0 || A.neumann_z, above = iz + 1 < A.nz || A.neumann_z;
+    const bool front = iy > 0 || A.neumann_y, back = iy + 1 < A.ny || A.neumann_y;
+    const StencilWeights<Out> w{Out(scale * (shift + 2 * (wz + wy + wx))),
+                                Out(below ? scale * wz : 0),
+                                Out(above ? scale * wz : 0),
+                                Out(front ? scale * wy : 0),
+                                Out(back ? scale * wy : 0),
+                                Out(scale * wx)};
+    const GridRow<T> row = grid_row(x + (iz * A.ny + iy) * A.nx, A.nz, A.ny, A.nx, iz, iy);
+    stencil_row(row, w, A.neumann_x, A.nx, begin, end, y + offset - begin, accumulate);
+  });
+}
+
+// One grid row with face coefficients; the faces' pointers are those of cell 0 of the row.
+template <class T>
+struct FaceRow {
+  GridRow<T> u;
+  const T *z0, *z1, *y0, *y1, *x;  // y0, y1 null on a two-dimensional grid
+  T below, above, front, back;     // 1, or 0 where that neighbour is outside the grid
+};
+
+template <class Out, class T>
+KANTOR_SIMD void face_row(const FaceRow<T>& r, double scale, double shift, int64_t nx, int64_t begin, int64_t end,
+                          Out* __restrict y, bool accumulate) {
+  const FaceRow<T> row = r;
+  const GridRow<T> u = r.u;
+  const Out s = static_cast<Out>(shift), a = static_cast<Out>(scale);
+  const auto cell = [=](int64_t i, Out left, Out right) KANTOR_INLINE_LAMBDA {
+    const Out centre = u.centre[i];
+    Out sum = s * centre + Out(row.x[i]) * (centre - left) + Out(row.x[i + 1]) * (centre - right) +
+              Out(row.z0[i]) * (centre - Out(row.below * u.below[i])) +
+              Out(row.z1[i]) * (centre - Out(row.above * u.above[i]));
+    if (row.y0)
+      sum += Out(row.y0[i]) * (centre - Out(row.front * u.front[i])) +
+             Out(row.y1[i]) * (centre - Out(row.back * u.back[i]));
+    return a * sum;
+  };
+  const auto border = [=](int64_t i) KANTOR_INLINE_LAMBDA {
+    const Out value = cell(i, i > 0 ? Out(u.centre[i - 1]) : Out(0), i + 1 < nx ? Out(u.centre[i + 1]) : Out(0));
+    y[i] = accumulate ? y[i] + value : value;
+  };
+  if (begin == 0) border(0);
+  const int64_t first = std::max<int64_t>(begin, 1), last = std::min<int64_t>(end, nx - 1);
+  if (accumulate)
+    for (int64_t i = first; i < last; ++i) y[i] += cell(i, Out(u.centre[i - 1]), Out(u.centre[i + 1]));
+  else
+    for (int64_t i = first; i < last; ++i) y[i] = cell(i, Out(u.centre[i - 1]), Out(u.centre[i + 1]));
+  if (end == nx && nx > 1) border(nx - 1);
+}
+
+template <class Out, class T>
+void face_rows(const FaceStencil<T>& A, double scale, const T* x, Out* y, Range rows, bool accumulate) {
+  const int64_t plane = A.ny * A.nx;
+  for_each_grid_row(A.ny, A.nx, rows, [&](int64_t iz, int64_t iy, int64_t begin, int64_t end, int64_t offset) {
+    const int64_t line = iz * A.ny + iy;
+    FaceRow<T> row{};
+    row.u = grid_row(x + line * A.nx, A.nz, A.ny, A.nx, iz, iy);
+    row.z0 = A.fz + line * A.nx;
+    row.z1 = row.z0 + plane;
+    row.y0 = A.fy ? A.fy + (iz * (A.ny + 1) + iy) * A.nx : nullptr;
+    row.y1 = A.fy ? row.y0 + A.nx : nullptr;
+    row.x = A.fx + line * (A.nx + 1);
+    row.below = T(iz > 0), row.above = T(iz + 1 < A.nz), row.front = T(iy > 0), row.back = T(iy + 1 < A.ny);
+    face_row(row, scale, double(*A.shift), A.nx, begin, end, y + offset - begin, accumulate);
+  });
+}
+
+template <class Out, class T>
+KANTOR_SIMD void diagonal_rows(const Diagonal<T>& A, double scale, const T* x, Out* __restrict y, Range rows,
+                               bool accumulate) {
+  const T *d = A.values + rows.begin, *u = x + rows.begin;
+  const Out a = static_cast<Out>(scale);
+  for (int64_t i = 0; i < rows.size(); ++i) y[i] = a * Out(d[i]) * Out(u[i]) + (accumulate ? y[i] : Out(0));
+}
+
+template <class T>
+struct ApplyRows {
+  template <class Out>
+  struct To {
+    double scale;
+    const T* x;
+    Out* y;
+    Range rows;
+    bool accumulate;
+    void operator()(const Dense<T>& A) const { dense_rows<Out, T>(A, scale, x, y, rows, accumulate); }
+    void operator()(const Csr<T, int32_t>& A) const { csr_rows<Out, T, int32_t>(A, scale, x, y, rows, accumulate); }
+    void operator()(const Csr<T, int64_t>& A) const { csr_rows<Out, T, int64_t>(A, scale, x, y, rows, accumulate); }
+    void operator()(const Stencil<T>& A) const { stencil_rows(A, scale, x, y, rows, accumulate); }
+    void operator()(const FaceStencil<T>& A) const { face_rows(A, scale, x, y, rows, accumulate); }
+    void operator()(const Diagonal<T>& A) const { diagonal_rows<Out, T>(A, scale, x, y, rows, accumulate); }
+  };
+};
+
+template <class... F>
+struct Overloaded : F... {
+  using F::operator()...;
+};
+template <class... F>
+Overloaded(F...) -> Overloaded<F...>;
+
+}  // namespace
+
+template <class T, class Out>
+void apply_rows(const Operator<T>& A, const T* x, Out* y, Range rows) {
+  bool accumulate = false;
+  for (const OperatorTerm<T>& term : A.terms) {
+    std::visit(typename ApplyRows<T>::template To<Out>{term.scale, x, y, rows, accumulate}, term.form);
+    accumulate = true;
+  }
+}
+
+template <class T>
+int64_t halo_of(const Operator<T>& A) {
+  int64_t halo = 0;
+  for (const OperatorTerm<T>& term : A.terms)
+    halo = std::max(halo, std::visit(Overloaded{[](const Dense<T>& a) { return a.cols; },
+                                                [](const Csr<T, int32_t>& a) { return a.halo; },
+                                                [](const Csr<T, int64_t>& a) { return a.halo; },
+                                                [](const Stencil<T>& a) { return a.ny * a.nx; },
+                                                [](const FaceStencil<T>& a) { return a.ny * a.nx; },
+                                                [](const Diagonal<T>&) { return int64_t{0}; }},
+                                     term.form));
+  return halo;
+}
+
+template <class T>
+double words_per_row(const Operator<T>& A) {
+  double words = 0;
+  for (const OperatorTerm<T>& term : A.terms)
+    words += std::visit(
+        Overloaded{[](const Dense<T>& a) { return double(a.cols); },
+                   [](const Csr<T, int32_t>& a) { return 1.5 * double(a.crow[a.rows]) / double(a.rows); },
+                   [](const Csr<T, int64_t>& a) { return 2.0 * double(a.crow[a.rows]) / double(a.rows); },
+                   [](const Stencil<T>&) { return 0.0; }, [](const FaceStencil<T>& a) { return a.fy ? 3.0 : 2.0; },
+                   [](const Diagonal<T>&) { return 1.0; }},
+        term.form);
+  return words;
+}
+
+template <class T>
+Chunks chunks_of(const Operator<T>& A) {
+  const double words = std::max(1.0, words_per_row(A) / 16);
+  return {A.rows, std::max<int64_t>(8, static_cast<int64_t>(double(chunk_size) / words))};
+}
+
+template <class T>
+int64_t work_of(const Operator<T>& A, int64_t batch) {
+  return static_cast<int64_t>(std::min(double(A.rows) * double(batch) * (1 + words_per_row(A)), 1e18));
+}
+
+template <class T>
+void matvec_cpu(const Exec& exec, const Operator<T>& A, int64_t batch, const T* x, T* y) {
+  const Chunks chunks = chunks_of(A);
+  const int threads = threads_for(exec.threads, work_of(A, batch));
+  // Chunk by chunk, all vectors of the batch before the next chunk: the operator's data is read once for all of them.
+  parallel_for(threads, chunks.count() * batch, [&](int64_t item) {
+    const int64_t chunk = item / batch, k = item % batch;
+    const Range rows = chunks.range(chunk);
+    apply_rows(A, x + k * A.cols, y + k * A.rows + rows.begin, rows);
+  });
+}
+
+template void apply_rows(const Operator<float>&, const float*, float*, Range);
+template void apply_rows(const Operator<float>&, const float*, double*, Range);
+template void apply_rows(const Operator<double>&, const double*, double*, Range);
+template int64_t halo_of(const Operator<float>&);
+template int64_t halo_of(const Operator<double>&);
+template double words_per_row(const Operator<float>&);
+template double words_per_row(const Operator<double>&);
+template Chunks chunks_of(const Operator<float>&);
+template Chunks chunks_of(const Operator<double>&);
+template int64_t work_of(const Operator<float>&, int64_t);
+template int64_t work_of(const Operator<double>&, int64_t);
+template void matvec_cpu(const Exec&, const Operator<float>&, int64_t, const float*, float*);
+template void matvec_cpu(const Exec&, const Operator<double>&, int64_t, const double*, double*);
+
+}  // namespace kantor

@@ -1,0 +1,53 @@
+"""Argument checks. A message says: function, argument, what was expected, what came, what to do."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def check_tensor(value: object, function: str, argument: str) -> Tensor:
+    """Return ``value`` if it is a strided tensor, else raise TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{function}: {argument}: expected a dense tensor, got layout {value.layout}")
+    return value
+
+
+def check_float(value: Tensor, function: str, argument: str) -> None:
+    """Raise TypeError unless the dtype is float32 or float64."""
+    if value.dtype not in FLOATS:
+        hint = "; call .to(torch.float64)" if not value.dtype.is_complex else "; complex systems are not supported"
+        raise TypeError(f"{function}: {argument}: expected dtype float32 or float64, got {_short(value.dtype)}{hint}")
+
+
+def check_finite(value: Tensor, function: str, argument: str) -> None:
+    """Raise ValueError at the first NaN or infinity, naming its index."""
+    finite = torch.isfinite(value.detach())
+    if not bool(finite.all()):
+        where = tuple(int(i) for i in (~finite).nonzero()[0])
+        index = where[0] if len(where) == 1 else where
+        raise ValueError(f"{function}: {argument}: expected finite values, got {value.detach()[where].item()} at {index}")
+
+
+def check_same(function: str, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raise unless all tensors share dtype (TypeError) and device (ValueError); the message names both sides."""
+    present = [(name, tensor) for name, tensor in tensors if tensor is not None]
+    for name, tensor in present[1:]:
+        first_name, first = present[0]
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{function}: {first_name} is on {first.device}, {name} on {tensor.device}; move one with .to(device)"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{function}: {first_name} is {_short(first.dtype)}, {name} is {_short(tensor.dtype)}; "
+                "convert one with .to(dtype)"
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

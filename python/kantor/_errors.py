@@ -1,0 +1,29 @@
+"""Exceptions. Bad arguments raise Python's own ValueError and TypeError; these are for everything else."""
+
+from typing import Any
+
+
+class KantorError(RuntimeError):
+    """Base class of Kantor's own exceptions."""
+
+
+class BackendUnavailable(KantorError):
+    """The tensor lives on a device for which this build has no kernels."""
+
+
+class NumericalBreakdown(KantorError):
+    """A factorisation or iteration met numbers it cannot go on with."""
+
+
+class ConvergenceError(KantorError):
+    """Raised by ``result.check()`` when a method did not reach its goal.
+
+    Attributes
+    ----------
+    result
+        The result that was checked, with the best iterate, the status and the history.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result

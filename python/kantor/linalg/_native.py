@@ -1,0 +1,338 @@
+"""The torch operators of ``kantor.linalg``: matvec, cg, ic0_solve and csr_transpose.
+
+Every native operator travels as ``(operands, layout, scales)``; csrc/linalg/operator.h documents the encoding. All operators
+are linear in their floating-point operands, so one bilinear form per kind gives every derivative: with
+``outer(operands, u, v)`` the gradient of ``u' A v`` with respect to the operands,
+
+* matvec ``y = A x``: gradients ``A' g`` and ``outer(g, x)``;
+* cg ``x = A^-1 b`` (A symmetric): ``l = A^-1 g`` for b and ``-outer(l, x)`` for the operands, by implicit differentiation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kantor import _C
+from kantor._ops import Context, backend, declare
+
+DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY = range(6)
+_META = {DENSE: 2, CSR: 3, STENCIL: 6, FACES: 4, DIAGONAL: 1}  # integers after the kind, per term
+
+# Columns of the `info` output of cg: struct CgState in csrc/linalg/cg.h.
+STATUS, ITERATIONS, RESIDUAL_NORM, B_NORM, CURVATURE, HISTORY_STRIDE, HISTORY_COUNT, RESTARTS = range(8)
+INTERRUPTED, BAD_SCALE, BREAKDOWN = 7, 10, 6
+
+
+class Encoded(NamedTuple):
+    """An operator as the native code takes it."""
+
+    operands: list[Tensor]
+    layout: list[int]
+    scales: list[float]
+
+
+class Term(NamedTuple):
+    """One term of a sum: kind, its integers and its tensors."""
+
+    kind: int
+    meta: list[int]
+    operands: list[Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.meta[0] * self.meta[1] * self.meta[2] if self.kind in (STENCIL, FACES) else self.meta[0]
+
+    @property
+    def cols(self) -> int:
+        """Number of columns."""
+        return self.meta[1] if self.kind in (DENSE, CSR) else self.rows
+
+
+def split_terms(operands: Sequence[Any], layout: Sequence[int]) -> list[Term]:
+    """Undo the flattening of a sum of terms."""
+    terms, at, used = [], 0, 0
+    while at < len(layout):
+        kind = layout[at]
+        meta = list(layout[at + 1 : at + 1 + _META[kind]])
+        count = {DENSE: 1, CSR: 3, STENCIL: 1, FACES: 4 if meta[-1] == 3 else 3, DIAGONAL: 1}[kind]
+        terms.append(Term(kind, meta, list(operands[used : used + count])))
+        at += 1 + len(meta)
+        used += count
+    return terms
+
+
+def csr_rows(crow: Tensor, nnz: int) -> Tensor:
+    """Row index of every stored entry."""
+    return torch.repeat_interleave(torch.arange(crow.numel() - 1, device=crow.device), crow.diff(), output_size=nnz)
+
+
+def _second_difference(v: Tensor, dim: int, neumann: bool) -> Tensor:
+    """2 v - left - right along dim; outside the grid v is zero, or continues (Neumann)."""
+    padding = v.narrow(dim, 0, 1), v.narrow(dim, v.shape[dim] - 1, 1)
+    first, last = padding if neumann else (torch.zeros_like(padding[0]), torch.zeros_like(padding[1]))
+    extended = torch.cat([first, v, last], dim)
+    n = v.shape[dim]
+    return 2 * v - extended.narrow(dim, 0, n) - extended.narrow(dim, 2, n)
+
+
+def _outer_term(term: Term, scale: float, u: Tensor, v: Tensor) -> list[Tensor | None]:
+    """Gradient of ``scale * sum_batch u' A v`` with respect to the term's operands; u (B, rows), v (B, cols)."""
+    if term.kind == DENSE:
+        return [scale * (u.mT @ v)]
+    if term.kind == CSR:
+        crow, col, _ = term.operands
+        rows = csr_rows(crow, col.numel())
+        return [None, None, scale * (u.mT.index_select(0, rows) * v.mT.index_select(0, col)).sum(-1)]
+    if term.kind == DIAGONAL:
+        return [scale * (u * v).sum(0)]
+    grid = term.meta[:3]
+    U, V = u.unflatten(-1, grid), v.unflatten(-1, grid)
+    if term.kind == STENCIL:
+        parts = [V, *(_second_difference(V, dim, bool(term.meta[2 + dim])) for dim in (1, 2, 3))]
+        return [scale * torch.stack([(U * part).sum() for part in parts])]
+    dims = (1, 2, 3) if term.meta[3] == 3 else (1, 3)
+    faces = []
+    for dim in dims:
+        pad = [0, 0] * (3 - dim) + [1, 1]
+        du, dv = (torch.nn.functional.pad(w, pad).diff(dim=dim) for w in (U, V))
+        faces.append(scale * (du * dv).sum(0))
+    return [scale * (u * v).sum().reshape(1), *faces]
+
+
+def outer(operands: Sequence[Tensor], layout: Sequence[int], scales: Sequence[float], u: Tensor, v: Tensor) -> list[Any]:
+    """Gradient of ``u' A v``, summed over the batch, with respect to each operand (None for integer ones)."""
+    gradients: list[Any] = []
+    for term, scale in zip(split_terms(operands, layout), scales, strict=True):
+        u2, v2 = u.reshape(-1, term.rows), v.reshape(-1, term.cols)
+        parts = _outer_term(term, scale, u2, v2)
+        gradients += [g if g is None else g.reshape(t.shape) for g, t in zip(parts, term.operands, strict=True)]
+    return gradients
+
+
+def transposed(operands: Sequence[Tensor], layout: Sequence[int], scales: Sequence[float]) -> Encoded:
+    """Encoding of the transposed operator; grid stencils and diagonals are symmetric."""
+    new_operands: list[Tensor] = []
+    new_layout: list[int] = []
+    for term in split_terms(operands, layout):
+        meta, tensors = term.meta, term.operands
+        if term.kind == DENSE:
+            meta, tensors = [meta[1], meta[0]], [tensors[0].mT.contiguous()]
+        elif term.kind == CSR:
+            crow, col, values = tensors
+            t_crow, t_col, permutation = csr_transpose(crow, col, meta[1])
+            meta, tensors = [meta[1], meta[0], meta[2]], [t_crow, t_col, values.index_select(0, permutation)]
+        new_layout += [term.kind, *meta]
+        new_operands += tensors
+    return Encoded(new_operands, new_layout, list(scales))
+
+
+def _tangent_operands(operands: Sequence[Tensor], tangents: Sequence[Tensor | None] | None) -> list[Tensor] | None:
+    """Operands with the floating-point ones replaced by their tangents; None when there are none."""
+    if tangents is None or all(t is None for t in tangents):
+        return None
+    return [
+        value if not value.is_floating_point() else torch.zeros_like(value) if tangent is None else tangent
+        for value, tangent in zip(operands, tangents, strict=True)
+    ]
+
+
+# --- matvec ------------------------------------------------------------------------------------------------------------
+
+
+def _matvec_forward(operands: list[Tensor], layout: list[int], scales: list[float], x: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], split_terms(operands, layout)[0].rows)
+    backend().matvec(operands, layout, scales, x, y, torch.get_num_threads())
+    return y
+
+
+def _matvec_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
+    operands, layout, scales, x = ctx.inputs
+    need_operands, _, _, need_x = ctx.needs
+    grad_x = matvec(*transposed(operands, layout, scales), grad) if need_x else None
+    return outer(operands, layout, scales, grad, x) if any(need_operands) else None, None, None, grad_x
+
+
+def _matvec_jvp(ctx: Context, d_operands: Any, d_layout: None, d_scales: None, dx: Tensor | None) -> Tensor:
+    operands, layout, scales, x = ctx.inputs
+    result = None if dx is None else matvec(operands, layout, scales, dx)
+    tangent = _tangent_operands(operands, d_operands)
+    if tangent is not None:
+        product = matvec(tangent, layout, scales, x)
+        result = product if result is None else result + product
+    assert result is not None
+    return result
+
+
+matvec = declare(
+    "matvec(Tensor[] operands, int[] layout, float[] scales, Tensor x) -> Tensor",
+    forward=_matvec_forward,
+    fake=lambda operands, layout, scales, x: x.new_empty(*x.shape[:-1], split_terms(operands, layout)[0].rows),
+    backward=_matvec_backward,
+    jvp=_matvec_jvp,
+    batched=("x",),
+)
+
+
+# --- csr_transpose -----------------------------------------------------------------------------------------------------
+
+
+def _csr_transpose_forward(crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    host_crow, host_col = crow.cpu(), col.cpu()  # a one-off on the structure; not worth a kernel
+    t_crow, t_col, permutation = host_crow.new_empty(cols + 1), torch.empty_like(host_col), torch.empty_like(host_col)
+    _C.csr_transpose(host_crow, host_col, t_crow, t_col, permutation)
+    return t_crow.to(crow.device), t_col.to(crow.device), permutation.to(crow.device)
+
+
+csr_transpose = declare(
+    "csr_transpose(Tensor crow, Tensor col, int cols) -> (Tensor t_crow, Tensor t_col, Tensor permutation)",
+    forward=_csr_transpose_forward,
+    fake=lambda crow, col, cols: (crow.new_empty(cols + 1), torch.empty_like(col), torch.empty_like(col)),
+)
+
+
+# --- cg ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a call of the cg operator cannot carry in its schema; set around one call by `kantor.linalg.cg`."""
+
+    monitor: Callable[[int, float], bool] | None = None
+    return_on_interrupt: bool = False
+
+
+hooks: ContextVar[Hooks] = ContextVar("kantor_cg_hooks", default=Hooks())
+
+
+def history_length(batch: int, maxiter: int) -> int:
+    """Residual norms kept per system: all of them up to a few thousand, fewer for large batches."""
+    return max(2, min(maxiter + 1, 4096, max(64, 2**18 // max(batch, 1))))
+
+
+def run_cg(
+    A: Encoded,
+    M: Encoded,
+    b: Tensor,
+    x0: Tensor | None,
+    rtol: float,
+    atol: float,
+    maxiter: int,
+    *,
+    apply: Callable[[Tensor], Tensor] | None = None,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the native loop on b (..., n); `apply` and `precondition` stand in for A and M, called on (..., n)."""
+    shape, n = b.shape, b.shape[-1]
+    b2 = b.reshape(-1, n) if n else b.reshape(0, 0)
+    batch = b2.shape[0]
+    x = torch.zeros_like(b2) if x0 is None else x0.reshape(b2.shape).clone()
+    p = torch.zeros_like(b2)  # zero, not empty: it is returned, also for systems that take no step
+    r, q = torch.empty_like(b2), torch.empty_like(b2)
+    z = r if not M.layout and precondition is None else torch.empty_like(b2)
+    info = b2.new_zeros((batch, _C.cg_state_size), dtype=torch.float64)
+    history = b2.new_zeros((batch, history_length(batch, maxiter)), dtype=torch.float64)
+    native = backend()
+    workspace = b2.new_empty(native.cg_workspace_bytes(batch), dtype=torch.uint8)
+
+    def apply_callback(to_x: bool) -> None:
+        assert apply is not None
+        q.copy_(apply((x if to_x else p).view(shape)).reshape(q.shape))
+
+    def precondition_callback() -> None:
+        assert precondition is not None
+        z.copy_(precondition(r.view(shape)).reshape(z.shape))
+
+    current = hooks.get()
+    native.cg(
+        *A, *M, b2, x, [r, p, q, z], x0 is None, info, history, workspace, rtol, atol, maxiter,
+        None if apply is None else apply_callback,
+        None if precondition is None else precondition_callback,
+        current.monitor, torch.get_num_threads(),
+    )  # fmt: skip
+    if not current.return_on_interrupt and bool((info[:, STATUS] == INTERRUPTED).any()):
+        raise KeyboardInterrupt
+    return x.view(shape), p.view(shape), info.view(*shape[:-1], -1), history.view(*shape[:-1], -1)
+
+
+def _cg_forward(
+    operands: list[Tensor], layout: list[int], scales: list[float],
+    m_operands: list[Tensor], m_layout: list[int], m_scales: list[float],
+    b: Tensor, x0: Tensor | None, rtol: float, atol: float, maxiter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    A, M = Encoded(operands, layout, scales), Encoded(m_operands, m_layout, m_scales)
+    return run_cg(A, M, b, x0, rtol, atol, maxiter)
+
+
+def _cg_fake(operands: Any, layout: Any, scales: Any, mo: Any, ml: Any, ms: Any, b: Tensor, *options: Any) -> Any:
+    length = history_length(b.numel() // max(b.shape[-1], 1), options[-1])
+    double = {"dtype": torch.float64}
+    lead = b.shape[:-1]
+    return (
+        b.new_empty(b.shape),
+        b.new_empty(b.shape),
+        b.new_empty((*lead, _C.cg_state_size), **double),
+        b.new_empty((*lead, length), **double),
+    )
+
+
+def _cg_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
+    operands, layout, scales, *rest = ctx.inputs
+    m_operands, m_layout, m_scales, _, _, rtol, _, maxiter = rest
+    x = ctx.outputs[0]
+    adjoint_rtol = rtol if rtol > 0 else 10 * torch.finfo(x.dtype).eps  # an absolute tolerance means nothing for grad
+    adjoint = cg(operands, layout, scales, m_operands, m_layout, m_scales, grad, None, adjoint_rtol, 0.0, max(maxiter, 1))[0]
+    gradients = [g if g is None else -g for g in outer(operands, layout, scales, adjoint, x)] if any(ctx.needs[0]) else None
+    return gradients, None, None, None, None, None, adjoint, None, None, None, None
+
+
+def _cg_jvp(ctx: Context, d_operands: Any, *tangents: Any) -> Tensor:
+    operands, layout, scales, m_operands, m_layout, m_scales, _, _, rtol, _, maxiter = ctx.inputs
+    db = tangents[5]
+    x = ctx.outputs[0]
+    right = torch.zeros_like(x) if db is None else db
+    tangent = _tangent_operands(operands, d_operands)
+    if tangent is not None:
+        right = right - matvec(tangent, layout, scales, x)
+    adjoint_rtol = rtol if rtol > 0 else 10 * torch.finfo(x.dtype).eps
+    return cg(operands, layout, scales, m_operands, m_layout, m_scales, right, None, adjoint_rtol, 0.0, max(maxiter, 1))[0]
+
+
+cg = declare(
+    "cg(Tensor[] operands, int[] layout, float[] scales, Tensor[] m_operands, int[] m_layout, float[] m_scales, "
+    "Tensor b, Tensor? x0, float rtol, float atol, int maxiter) "
+    "-> (Tensor x, Tensor direction, Tensor info, Tensor history)",
+    forward=_cg_forward,
+    fake=_cg_fake,
+    backward=_cg_backward,
+    jvp=_cg_jvp,
+    batched=("b", "x0"),
+    save_outputs=True,
+)
+
+
+# --- ic0_solve ---------------------------------------------------------------------------------------------------------
+
+
+def _ic0_solve_forward(operands: list[Tensor], layout: list[int], r: Tensor) -> Tensor:
+    z = torch.empty_like(r)
+    if r.numel():
+        backend().ic0_solve(operands, layout, r, z, torch.get_num_threads())
+    return z
+
+
+ic0_solve = declare(
+    "ic0_solve(Tensor[] operands, int[] layout, Tensor r) -> Tensor",
+    forward=_ic0_solve_forward,
+    fake=lambda operands, layout, r: r.new_empty(r.shape),
+    # M = (L L')^-1 is symmetric; the factor itself is not differentiated.
+    backward=lambda ctx, grad: (None, None, ic0_solve(*ctx.inputs[:2], grad)),
+    jvp=lambda ctx, d_operands, d_layout, dr: ic0_solve(*ctx.inputs[:2], dr),
+    batched=("r",),
+)

@@ -1,0 +1,277 @@
+"""Linear operators: the base class, sums and scalings, and the conversion of whatever a user has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable as CallableType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kantor._checks import check_float, check_same, check_tensor
+from kantor.linalg import _native
+from kantor.linalg._native import Encoded
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+    from kantor.linalg.csr import CSR
+
+
+class LinearOperator:
+    """A linear map on real vectors, applied through :meth:`matvec` or ``A @ x``.
+
+    Sub-classes with ``is_native`` true are applied by native kernels, also inside solvers; they differ only in how they
+    are encoded. Vectors are ``(..., n)``: leading dimensions are a batch. ``A @ X`` follows matrix algebra instead: the
+    columns of a two-dimensional X are the vectors.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        ``(rows, columns)``.
+    dtype, device : torch.dtype, torch.device
+        Of the entries; vectors must match both.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    grid: tuple[int, ...] | None = None  # shape of grid-shaped vectors, where the operator lives on a grid
+
+    @property
+    def is_native(self) -> bool:
+        """Whether native kernels apply this operator."""
+        return True
+
+    def encode(self) -> Encoded:
+        """Return operands, layout and scales for the native code (csrc/linalg/operator.h)."""
+        raise TypeError(f"{type(self).__name__} has no native form")
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """Return ``A x`` for x of shape ``(..., columns)``.
+
+        Raises
+        ------
+        TypeError
+            x is not a tensor or has another dtype.
+        ValueError
+            The last dimension or the device differs.
+        """
+        self._check_vector(x, self.shape[1])
+        return self._apply(x)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        result: Tensor = _native.matvec(*self.encode(), x)
+        return result
+
+    def _check_vector(self, x: Tensor, length: int) -> None:
+        name = f"{type(self).__name__}.matvec"
+        check_tensor(x, name, "x")
+        check_float(x, name, "x")
+        if x.device != self.device or x.dtype != self.dtype:
+            check_same(name, [("the operator", torch.empty(0, dtype=self.dtype, device=self.device)), ("x", x)])
+        if x.ndim == 0 or x.shape[-1] != length:
+            hint = "; pass columns as A @ X, or rows" if x.ndim == 2 and x.shape[0] == length else ""
+            raise ValueError(f"{name}: x: expected shape (..., {length}), got {tuple(x.shape)}{hint}")
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        check_tensor(x, f"{type(self).__name__} @ x", "x")
+        if x.ndim > 2:
+            raise ValueError(f"A @ x: expected one or two dimensions, got {x.ndim}; use A.matvec for batches")
+        return self.matvec(x.mT).mT if x.ndim == 2 else self.matvec(x)
+
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802
+        """The transposed operator."""
+        raise TypeError(f"{type(self).__name__} has no transpose")
+
+    def diagonal(self) -> Tensor:
+        """Return the main diagonal, shape ``(n,)``."""
+        raise TypeError(f"{type(self).__name__}: the diagonal is not known; pass a preconditioner operator instead")
+
+    def dense(self) -> Tensor:
+        """Return the matrix as a dense tensor ``(rows, columns)``. O(rows * columns) memory; differentiable."""
+        return self.matvec(torch.eye(self.shape[1], dtype=self.dtype, device=self.device)).mT
+
+    def to_csr(self) -> CSR:
+        """Return the matrix in compressed sparse row form. Differentiable."""
+        raise TypeError(f"{type(self).__name__} has no sparse form; build a CSR for methods that need the entries")
+
+    def to_scipy(self) -> ScipyOperator:
+        """Return a ``scipy.sparse.linalg.LinearOperator`` on the host (needs scipy, extra ``cli``)."""
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        def apply(operator: LinearOperator) -> CallableType[[Any], Any]:
+            def matvec(x: Any) -> Any:
+                vector = torch.as_tensor(x.reshape(-1)).to(operator.device, operator.dtype)
+                return operator.matvec(vector).detach().cpu().numpy()
+
+            return matvec
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        transposed = None if self.shape[0] != self.shape[1] else apply(self)
+        try:
+            transposed = apply(self.T)
+        except TypeError:
+            pass  # unknown transpose: solvers for symmetric operators do not need it
+        return ScipyOperator(self.shape, matvec=apply(self), rmatvec=transposed, dtype=dtype)
+
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """Return the operator with its entries converted to another floating-point dtype."""
+        raise TypeError(f"{type(self).__name__} cannot change its dtype")
+
+    def asymmetry(self) -> tuple[float, str]:
+        """Return how far the operator is from symmetric, relative to its entries, and where.
+
+        Zero for forms that are symmetric by construction; ``max |a_ij - a_ji| / max |a_ij|`` for matrices; for callables
+        a probe ``|u'Av - v'Au| / (|u||Av|)`` with fixed vectors.
+        """
+        return 0.0, ""
+
+    def _asymmetry_by_probe(self) -> tuple[float, str]:
+        steps = torch.arange(1, self.shape[0] + 1, dtype=torch.float64, device=self.device)
+        u, v = torch.sin(steps * 1.2345).to(self.dtype), torch.cos(steps * steps * 0.5432).to(self.dtype)
+        with torch.no_grad():
+            Au, Av = self.matvec(u).double(), self.matvec(v).double()
+        u, v = u.double(), v.double()
+        size = float(u.norm() * Av.norm() + v.norm() * Au.norm())
+        return (float((u @ Av - v @ Au).abs()) / size if size > 0 else 0.0), "u'Av differs from v'Au for a probe u, v"
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return Sum([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return Sum([(1.0, self), (-1.0, other)])
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        if isinstance(factor, Tensor) or not isinstance(factor, int | float):
+            raise TypeError(
+                "operator * factor: expected a Python number; to differentiate with respect to a factor scale the "
+                "operator's tensors instead"
+            )
+        return Sum([(float(factor), self)])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearOperator:
+        return self * -1.0
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {dtype}, {self.device})"
+
+
+class Sum(LinearOperator):
+    """Weighted sum of operators; native when all of its terms are. Made by ``+``, ``-`` and ``*``."""
+
+    def __init__(self, terms: list[tuple[float, LinearOperator]]) -> None:
+        flat: list[tuple[float, LinearOperator]] = []
+        for scale, term in terms:
+            flat += [(scale * s, t) for s, t in term.terms] if isinstance(term, Sum) else [(scale, term)]
+        first = flat[0][1]
+        for _, term in flat[1:]:
+            if term.shape != first.shape:
+                raise ValueError(f"operator sum: shapes differ: {first.shape} and {term.shape}")
+            if term.dtype != first.dtype or term.device != first.device:
+                raise TypeError(
+                    f"operator sum: {first!r} and {term!r} differ in dtype or device; convert one with .to(dtype)"
+                )
+        self.terms = flat
+        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+        self.grid = next((term.grid for _, term in flat if term.grid is not None), None)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether native kernels apply every term."""
+        return all(term.is_native for _, term in self.terms)
+
+    def encode(self) -> Encoded:
+        """Concatenate the encodings of the terms."""
+        encoded = Encoded([], [], [])
+        for scale, term in self.terms:
+            operands, layout, scales = term.encode()
+            encoded.operands.extend(operands)
+            encoded.layout.extend(layout)
+            encoded.scales.extend(scale * s for s in scales)
+        return encoded
+
+    def _apply(self, x: Tensor) -> Tensor:
+        if self.is_native:
+            return super()._apply(x)
+        result: Tensor = sum((scale * term.matvec(x) for scale, term in self.terms[1:]), self._first(x))
+        return result
+
+    def _first(self, x: Tensor) -> Tensor:
+        scale, term = self.terms[0]
+        return scale * term.matvec(x)
+
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802
+        """The transposed sum."""
+        return Sum([(scale, term.T) for scale, term in self.terms])
+
+    def diagonal(self) -> Tensor:
+        """Return the sum of the terms' diagonals."""
+        return torch.stack([scale * term.diagonal() for scale, term in self.terms]).sum(0)
+
+    def to_csr(self) -> CSR:
+        """Merge the terms' entries into one sparse matrix."""
+        from kantor.linalg.csr import CSR
+
+        parts = [(scale, term.to_csr()) for scale, term in self.terms]
+        return CSR.from_coo(
+            torch.cat([_native.csr_rows(part.crow, part.col.numel()) for _, part in parts]),
+            torch.cat([part.col for _, part in parts]),
+            torch.cat([scale * part.values for scale, part in parts]),
+            self.shape,
+        )
+
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """Convert every term."""
+        return Sum([(scale, term.to(dtype)) for scale, term in self.terms])
+
+    def asymmetry(self) -> tuple[float, str]:
+        """Return the largest relative asymmetry of the terms."""
+        return max((term.asymmetry() for _, term in self.terms), key=lambda pair: pair[0])
+
+
+def as_operator(A: Any, *, like: Tensor | None = None) -> LinearOperator:
+    """Return ``A`` as a :class:`LinearOperator`.
+
+    Parameters
+    ----------
+    A : LinearOperator, Tensor, torch sparse CSR/COO tensor, scipy sparse matrix or LinearOperator, or callable
+        Dense tensors are ``(rows, columns)``. A callable takes and returns ``(..., n)``; `like` tells its size.
+    like : Tensor, optional
+        A vector ``(..., n)``: size, dtype and device of a callable, and of scipy's operators.
+
+    Raises
+    ------
+    TypeError
+        A is none of these, or not real floating point.
+    """
+    from kantor.linalg.callable import Callable
+    from kantor.linalg.csr import CSR
+    from kantor.linalg.dense import Dense
+
+    if isinstance(A, LinearOperator):
+        return A
+    if isinstance(A, Tensor):
+        return Dense(A) if A.layout is torch.strided else CSR.from_any(A)
+    module = type(A).__module__
+    if module.startswith("scipy.sparse.linalg") or (module.startswith("scipy") and hasattr(A, "rmatvec")):
+        return Callable.from_scipy(A, like=like)
+    if module.startswith("scipy.sparse") or hasattr(A, "tocsr"):
+        return CSR.from_any(A)
+    if callable(A):
+        if like is None:
+            raise TypeError("as_operator: a bare callable has no size; wrap it as kantor.linalg.Callable(fn, n)")
+        return Callable(A, like.shape[-1], dtype=like.dtype, device=like.device)
+    raise TypeError(
+        "as_operator: A: expected a tensor, a kantor operator, a scipy sparse matrix or LinearOperator, or a callable, got "
+        f"{type(A).__name__}"
+    )

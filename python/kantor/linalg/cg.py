@@ -1,0 +1,433 @@
+"""Conjugate gradients.
+
+The iteration itself is csrc/linalg/cg.h; here are the checks, the choice of path, and the Result.
+
+* Native operator, native preconditioner: one torch operator, ``torch.ops.kantor.cg``, with implicit derivatives.
+* Anything given as Python code: the same native loop, which calls back once per iteration.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable as CallableType
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kantor._checks import check_finite, check_float, check_same, check_tensor
+from kantor._progress import progress_bar
+from kantor._result import History, SolveResult, SolveStatus, max_or_zero
+from kantor.linalg import _native
+from kantor.linalg._native import Encoded, Hooks, hooks, run_cg
+from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg.preconditioners import as_preconditioner
+
+_STATUSES = {
+    1: SolveStatus.CONVERGED,
+    2: SolveStatus.MAXITER,
+    3: SolveStatus.NEGATIVE_CURVATURE,
+    4: SolveStatus.SINGULAR,
+    5: SolveStatus.STAGNATED,
+    6: SolveStatus.BREAKDOWN,
+    7: SolveStatus.INTERRUPTED,
+    8: SolveStatus.STOPPED,
+    9: SolveStatus.INDEFINITE_PRECONDITIONER,
+}
+_NONE = Encoded([], [], [])
+
+
+@dataclass(frozen=True)
+class IterationInfo:
+    """What a callback gets after every iteration."""
+
+    iteration: int
+    residual_norm: float
+
+
+def cg(
+    A: Any,
+    b: Tensor,
+    x0: Tensor | None = None,
+    *,
+    M: Any = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    maxiter: int | None = None,
+    callback: CallableType[[IterationInfo], bool | None] | None = None,
+    progress: bool = False,
+    storage: torch.dtype | None = None,
+    interrupt: Literal["raise", "return"] = "raise",
+) -> SolveResult:
+    """Solve ``A x = b`` for symmetric positive definite A by preconditioned conjugate gradients.
+
+    Stops when ``|b - A x| <= max(rtol |b|, atol)``, checked at the end on the true residual formed in double precision: a
+    result that says it converged has. Negative curvature ``d'Ad < 0`` is a result of its own, with the direction.
+
+    Parameters
+    ----------
+    A : LinearOperator, Tensor, sparse tensor, scipy sparse matrix or LinearOperator, or callable
+        ``(n, n)``, symmetric positive definite; see :func:`as_operator`.
+    b : Tensor
+        ``(n,)``, or ``(..., n)`` for a batch solved at once, each system stopping by itself. On a grid operator also
+        grid shaped, ``(..., nz, ny, nx)``. float32 or float64.
+    x0 : Tensor, optional
+        Starting point, shaped like b. Default: zero.
+    M : None, "jacobi", "ic0", operator or callable
+        Preconditioner, an approximation of the inverse of A, symmetric positive definite.
+    rtol, atol : float
+        Tolerances. With ``rtol=0, atol=0`` exactly `maxiter` iterations are made, unless the residual vanishes.
+    maxiter : int, optional
+        Default ``10 n``.
+    callback : callable, optional
+        ``callback(info)`` after every iteration, with ``info.iteration`` and ``info.residual_norm`` (the largest of the
+        batch); returning True stops.
+    progress : bool
+        Show a progress bar (tqdm when installed, else log records).
+    storage : torch.dtype, optional
+        ``torch.float32``: iterate in single precision inside a loop of iterative refinement in double. Same final
+        accuracy, about half the memory traffic. A and b must be float64.
+    interrupt : "raise" or "return"
+        What Ctrl-C does: raise KeyboardInterrupt, or return the last iterate with status INTERRUPTED. It lands between
+        two iterations.
+
+    Returns
+    -------
+    SolveResult
+        ``x`` shaped like b, differentiable (implicitly) with respect to b and the operator's tensors.
+
+    Raises
+    ------
+    TypeError
+        Wrong types or dtypes, mixed dtypes.
+    ValueError
+        Shapes that do not fit, mixed devices, NaN or infinite values, tolerances out of range; and a matrix that is not
+        symmetric, when a derivative is asked for or the solve fails.
+
+    Warns
+    -----
+    RuntimeWarning
+        Once per call, when a system did not converge.
+
+    Notes
+    -----
+    Memory: x, r, p, q and, with a preconditioner other than Jacobi, z. Traffic per unknown and iteration: 8 words for
+    stencils, 10 and the matrix for CSR (csrc/linalg/cg_cpu.cpp). Deterministic: the same bits for any number of threads.
+    Derivatives of a callable A are first order only.
+
+    Source: Hestenes & Stiefel 1952; Saad, *Iterative Methods for Sparse Linear Systems*, 2nd ed., algorithm 9.1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.linalg import Stencil, cg
+    >>> A = Stencil((32, 32))
+    >>> b = torch.ones(32, 32, dtype=torch.float64)
+    >>> result = cg(A, b, rtol=1e-10)
+    >>> str(result.status)
+    'converged'
+    >>> bool((A.matvec(result.x) - b).norm() <= 1e-10 * b.norm())
+    True
+    """
+    started = time.perf_counter()
+    check_tensor(b, "cg", "b")
+    check_float(b, "cg", "b")
+    operator = as_operator(A, like=b if b.ndim else None)
+    flat, restore = _flatten(operator, b)
+    _check_arguments(operator, b, x0, rtol, atol, maxiter, storage, interrupt)
+    start = None if x0 is None else x0.reshape(flat.shape)
+    preconditioner = as_preconditioner(M, operator, flat)
+    limit = 10 * flat.shape[-1] if maxiter is None else int(maxiter)
+    problem = _Problem(operator, preconditioner, flat, start, float(rtol), float(atol), limit)
+
+    if _traced(flat):
+        x, direction, _, _ = problem.solve_traced()
+        return _unchecked(restore(x))
+
+    wants_gradient = torch.is_grad_enabled() and (
+        b.requires_grad or not operator.is_native or any(t.requires_grad for t in operator.encode().operands)
+    )
+    if wants_gradient or torch._C._are_functorch_transforms_active():
+        _require_symmetric(operator)
+    with progress_bar(progress, "cg", rtol) as bar:
+        monitor = _make_monitor(callback, bar if progress else None, rtol, atol, flat)
+        token = hooks.set(Hooks(monitor, interrupt == "return"))
+        try:
+            x, direction, info, history = problem.solve(storage, wants_gradient)
+        finally:
+            hooks.reset(token)
+    result = _make_result(operator, b, restore, x, direction, info, history, rtol, atol, time.perf_counter() - started)
+    if not result.converged and result.status is not SolveStatus.STOPPED:
+        if result.status is not SolveStatus.INTERRUPTED:
+            _require_symmetric(operator)
+        warnings.warn(f"cg: {result.message}", RuntimeWarning, stacklevel=2)
+    return result
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One solve, with b and x0 of shape (..., n)."""
+
+    A: LinearOperator
+    M: LinearOperator | None
+    b: Tensor
+    x0: Tensor | None
+    rtol: float
+    atol: float
+    maxiter: int
+
+    def solve_traced(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inside torch.compile, export or vmap: the operator alone, no value is looked at."""
+        if not self.A.is_native or (self.M is not None and not self.M.is_native):
+            raise TypeError("cg: inside torch.compile or torch.vmap the operator and preconditioner must be native")
+        return self._native(self.b, self.x0, self.atol, self.maxiter)
+
+    def solve(self, storage: torch.dtype | None, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        native = self.A.is_native and (self.M is None or self.M.is_native)
+        if native and storage in (None, self.b.dtype):
+            return self._in_range(self._native)
+        with torch.no_grad():
+            x, direction, info, history = self._refined(storage) if storage is not None else self._in_range(self._called)
+        return (self._attach_gradient(x) if wants_gradient else x), direction, info, history
+
+    def _native(self, b: Tensor, x0: Tensor | None, atol: float, maxiter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        M = _NONE if self.M is None else self.M.encode()
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _native.cg(
+            *self.A.encode(), *M, b, x0, self.rtol, atol, maxiter
+        )
+        return result
+
+    def _called(self, b: Tensor, x0: Tensor | None, atol: float, maxiter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The native loop with Python callbacks for what is not native."""
+        apply = None if self.A.is_native else self.A.matvec
+        precondition = None if self.M is None or self.M.is_native else self.M.matvec
+        A = self.A.encode() if apply is None else _NONE
+        M = _NONE if self.M is None or precondition is not None else self.M.encode()
+        return run_cg(A, M, b, x0, self.rtol, atol, maxiter, apply=apply, precondition=precondition)
+
+    def _in_range(self, solver: CallableType[..., Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Solve; if squares of b under- or overflow, solve for b times a power of two instead."""
+        x0 = self.x0
+        if x0 is not None and self.atol == 0:
+            # A zero right-hand side has the solution zero; no relative tolerance could be met on the way there.
+            x0 = torch.where((self.b == 0).all(-1, keepdim=True), torch.zeros_like(x0), x0)
+        x, direction, info, history = solver(self.b, x0, self.atol, self.maxiter)
+        if bool((info[..., _native.STATUS] >= _native.BREAKDOWN).any()):
+            check_finite(self.b, "cg", "b")
+            if x0 is not None:
+                check_finite(x0, "cg", "x0")
+        if not bool((info[..., _native.STATUS] == _native.BAD_SCALE).any()):
+            return x, direction, info, history
+        largest = max(float(self.b.detach().abs().max()), 0.0 if x0 is None else float(x0.detach().abs().max()))
+        exponent = -math.frexp(largest)[1] if largest > 0 else 0
+        up, down = (lambda t: torch.ldexp(t, torch.tensor(exponent))), (lambda t: torch.ldexp(t, torch.tensor(-exponent)))
+        x, direction, info, history = solver(
+            up(self.b), None if x0 is None else up(x0), math.ldexp(self.atol, exponent), self.maxiter
+        )
+        if bool((info[..., _native.STATUS] == _native.BAD_SCALE).any()):
+            raise ValueError(
+                "cg: b: the right-hand sides of the batch differ too much in size for one dtype; solve them separately"
+            )
+        info = info.clone()
+        info[..., [_native.RESIDUAL_NORM, _native.B_NORM]] = down(info[..., [_native.RESIDUAL_NORM, _native.B_NORM]])
+        return down(x), direction, info, down(history)
+
+    def _refined(self, storage: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Iterative refinement: corrections by cg in `storage` precision, residuals in the dtype of b."""
+        A = self.A.to(storage)
+        M = None if self.M is None else self.M.to(storage)
+        x = torch.zeros_like(self.b) if self.x0 is None else self.x0.clone()
+        b_norm = self.b.norm(dim=-1)
+        check_finite(b_norm, "cg", "|b|")
+        target = torch.clamp(self.rtol * b_norm, min=self.atol)
+        residual = self.b - self.A.matvec(x) if self.x0 is not None else self.b
+        norm = residual.norm(dim=-1)
+        used = 0
+        histories: list[Tensor] = []
+        while True:
+            scale = torch.where(norm > 0, norm, torch.ones_like(norm)).unsqueeze(-1)
+            needed = torch.where(norm > target, target / (2 * norm), torch.ones_like(norm)).amin().item()
+            inner_rtol = min(max(needed, 16 * torch.finfo(storage).eps), 1.0)
+            inner = _Problem(A, M, (residual / scale).to(storage), None, inner_rtol, 0.0, self.maxiter - used)
+            correction, direction, info, history = inner._in_range(inner._called)
+            x = x + correction.to(x.dtype) * scale
+            used += int(info[..., _native.ITERATIONS].max())
+            residual = self.b - self.A.matvec(x)
+            previous, norm = norm, residual.norm(dim=-1)
+            histories.append(history * scale.to(history.dtype))
+            met = norm <= target
+            info = info.clone()
+            status = info[..., _native.STATUS]
+            gained = bool((norm < 0.5 * previous)[~met].all())
+            finished = bool(met.all()) or used >= self.maxiter or not gained or bool((status > 2).any())
+            if finished:
+                final = torch.where(met, 1.0, torch.where(status > 2, status, 2.0 if used >= self.maxiter else 5.0))
+                info[..., _native.STATUS] = final.to(info.dtype)
+                info[..., _native.ITERATIONS] = used
+                info[..., _native.RESIDUAL_NORM], info[..., _native.B_NORM] = norm, b_norm
+                info[..., _native.RESTARTS] = len(histories) - 1
+                merged, strides = _merge_histories(histories, info)
+                return x, direction.to(x.dtype), strides, merged
+
+    def _attach_gradient(self, x: Tensor) -> Tensor:
+        """Give the solution its implicit derivative: x + A^-1 (b - A x), whose second part is zero."""
+        if self.A.is_native:
+            result: tuple[Tensor, ...] = _native.cg(
+                *self.A.encode(), *_NONE, self.b, x.detach(), self.rtol, self.atol, 0
+            )
+            return result[0]
+        residual = self.b - self.A.matvec(x.detach())
+        return x.detach() + _CallableSolve.apply(residual, self)
+
+
+class _CallableSolve(torch.autograd.Function):
+    """Zero in value, ``A^-1`` in derivative: the adjoint solve runs in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, problem: _Problem) -> Tensor:
+        ctx.problem = problem
+        return torch.zeros_like(residual)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        problem: _Problem = ctx.problem
+        rtol = problem.rtol if problem.rtol > 0 else 10 * torch.finfo(grad.dtype).eps
+        adjoint = _Problem(problem.A, problem.M, grad, None, rtol, 0.0, max(problem.maxiter, 1))
+        return adjoint._in_range(adjoint._called)[0], None
+
+
+def _merge_histories(histories: list[Tensor], info: Tensor) -> tuple[Tensor, Tensor]:
+    """One history per system from the legs of a refinement; legs keep every iterate unless they are very long."""
+    merged = torch.cat([h[..., : max(1, int((h > 0).sum(-1).max()))] for h in histories], -1)
+    info[..., _native.HISTORY_COUNT] = merged.shape[-1]
+    return merged, info
+
+
+def _flatten(operator: LinearOperator, b: Tensor) -> tuple[Tensor, CallableType[[Tensor], Tensor]]:
+    """b as (..., n), and the way back to its shape."""
+    rows, cols = operator.shape
+    if rows != cols:
+        raise ValueError(f"cg: A: expected a square operator, got {rows} x {cols}")
+    grid = operator.grid
+    if grid is not None and b.ndim >= len(grid) and tuple(b.shape[-len(grid) :]) == grid:
+        return b.flatten(-len(grid)), lambda t: t.unflatten(-1, grid)
+    if b.ndim == 0 or b.shape[-1] != rows:
+        expected = f"(..., {rows})" + (f" or (..., {', '.join(map(str, grid))})" if grid else "")
+        hint = "; for right-hand sides in columns pass b.T" if b.ndim == 2 and b.shape[0] == rows else ""
+        raise ValueError(f"cg: b: expected shape {expected}, got {tuple(b.shape)}{hint}")
+    return b, lambda t: t
+
+
+def _check_arguments(
+    A: LinearOperator, b: Tensor, x0: Any, rtol: float, atol: float, maxiter: Any, storage: Any, interrupt: str
+) -> None:
+    if A.device != b.device or A.dtype != b.dtype:
+        check_same("cg", [("A", torch.empty(0, dtype=A.dtype, device=A.device)), ("b", b)])
+    if x0 is not None:
+        check_tensor(x0, "cg", "x0")
+        check_same("cg", [("b", b), ("x0", x0)])
+        if x0.shape != b.shape:
+            raise ValueError(f"cg: x0: expected the shape of b, {tuple(b.shape)}, got {tuple(x0.shape)}")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise ValueError(f"cg: {name}: expected a finite number >= 0, got {value!r}")
+    if maxiter is not None and (not isinstance(maxiter, int) or maxiter < 0):
+        raise ValueError(f"cg: maxiter: expected an integer >= 0, got {maxiter!r}")
+    if storage is not None and not (storage is torch.float32 and b.dtype is torch.float64) and storage is not b.dtype:
+        raise ValueError(f"cg: storage: expected torch.float32 with a float64 system, got {storage} with {b.dtype}")
+    if interrupt not in ("raise", "return"):
+        raise ValueError(f"cg: interrupt: expected 'raise' or 'return', got {interrupt!r}")
+
+
+def _require_symmetric(A: LinearOperator) -> None:
+    """Looked at only when it matters: for the adjoint solve, and to explain a failure."""
+    relative, where = A.asymmetry()
+    if relative > 1e3 * torch.finfo(A.dtype).eps:
+        raise ValueError(
+            f"cg: A is not symmetric: {where}. Conjugate gradients need a symmetric matrix; symmetrise it as (A + A.T) / 2 "
+            "if that is what you mean, or use a method for general matrices (GMRES, BiCGSTAB in scipy)"
+        )
+
+
+def _traced(b: Tensor) -> bool:
+    """Whether values cannot be looked at: torch.compile, export, fake tensors, vmap."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._are_functorch_transforms_active():
+        level = b
+        while torch._C._functorch.is_functorch_wrapped_tensor(level):
+            if torch._C._functorch.is_batchedtensor(level):
+                return True
+            level = torch._C._functorch.get_unwrapped(level)
+    return isinstance(b, torch._subclasses.FakeTensor)
+
+
+def _make_monitor(
+    callback: CallableType[[IterationInfo], bool | None] | None, bar: Any, rtol: float, atol: float, b: Tensor
+) -> CallableType[[int, float], bool] | None:
+    if callback is None and bar is None:
+        return None
+    target = max(rtol * float(b.detach().norm(dim=-1).max()), atol) if bar is not None and b.numel() else atol
+
+    def monitor(iteration: int, residual_norm: float) -> bool:
+        if bar is not None:
+            bar(iteration, residual_norm, target)
+        return callback is not None and callback(IterationInfo(iteration, residual_norm)) is True
+
+    return monitor
+
+
+def _unchecked(x: Tensor) -> SolveResult:
+    """Result of a traced solve, whose numbers cannot be read."""
+    empty = torch.empty(0)
+    history = History(np.empty(0, np.int64), np.empty(0))
+    nan = math.nan
+    return SolveResult(x, SolveStatus.UNCHECKED, -1, nan, nan, history, nan, "cg", nan, [], empty, empty)
+
+
+def _make_result(
+    A: LinearOperator, b: Tensor, restore: CallableType[[Tensor], Tensor], x: Tensor, direction: Tensor, info: Tensor,
+    history: Tensor, rtol: float, atol: float, seconds: float,
+) -> SolveResult:  # fmt: skip
+    table = info.detach().reshape(-1, info.shape[-1]).cpu()
+    statuses = [_STATUSES[int(s)] for s in table[:, _native.STATUS]]
+    status = next((s for s in statuses if s is not SolveStatus.CONVERGED), SolveStatus.CONVERGED)
+    residuals, b_norms = table[:, _native.RESIDUAL_NORM], table[:, _native.B_NORM]
+    worst = int(residuals.nan_to_num(nan=math.inf).argmax()) if len(statuses) else 0
+    no_step = torch.tensor([s in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.SINGULAR) for s in statuses])
+    curvature = None
+    if bool(no_step.any()):
+        curvature = float(table[no_step.nonzero()[0, 0], _native.CURVATURE])
+        mask = no_step.reshape(direction.shape[:-1]).unsqueeze(-1).to(direction.device)
+        direction = torch.where(mask, direction, torch.zeros_like(direction))
+    shaped = restore(x)
+    return SolveResult(
+        x=shaped,
+        status=status,
+        iterations=int(max_or_zero(table[:, _native.ITERATIONS])),
+        residual_norm=max_or_zero(residuals),
+        relative_residual=max_or_zero(torch.where(b_norms > 0, residuals / b_norms, residuals)),
+        history=_history(table, history.detach().reshape(len(statuses), -1), worst),
+        seconds=seconds,
+        method="cg",
+        tolerance=max(rtol * float(b_norms[worst]), atol) if len(statuses) else 0.0,
+        per_system_status=statuses,
+        per_system_iterations=table[:, _native.ITERATIONS].long(),
+        per_system_residual_norm=residuals,
+        direction=restore(direction) if curvature is not None else None,
+        curvature=curvature,
+        state={"x0": shaped.detach()},
+    )
+
+
+def _history(table: Tensor, history: Tensor, system: int) -> History:
+    if not len(table):
+        return History(np.empty(0, np.int64), np.empty(0))
+    count, stride = int(table[system, _native.HISTORY_COUNT]), int(table[system, _native.HISTORY_STRIDE])
+    norms = history[system, :count].cpu().numpy().copy()
+    return History(np.arange(count, dtype=np.int64) * max(stride, 1), norms)

@@ -1,0 +1,159 @@
+"""Preconditioners: operators that approximate the inverse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kantor import _C
+from kantor._errors import NumericalBreakdown
+from kantor.linalg import _native
+from kantor.linalg._native import INCOMPLETE_CHOLESKY, Encoded
+from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg.diagonal import Diagonal
+
+_SHIFTS = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def jacobi(A: Any) -> Diagonal:
+    """Return the Jacobi preconditioner ``M = diag(A)^-1``.
+
+    Parameters
+    ----------
+    A : anything :func:`as_operator` takes
+        Its diagonal must be known and positive.
+
+    Raises
+    ------
+    ValueError
+        A diagonal entry is zero or negative; the message names the row.
+    TypeError
+        The operator does not know its diagonal.
+    """
+    diagonal = as_operator(A).diagonal().detach()
+    if bool((diagonal <= 0).any()):
+        row = int((diagonal <= 0).nonzero()[0])
+        raise ValueError(
+            f"jacobi: A: diagonal entry {row} is {float(diagonal[row]):g}; a symmetric positive definite matrix has a "
+            "positive diagonal"
+        )
+    return Diagonal(1 / diagonal)
+
+
+class IncompleteCholesky(LinearOperator):
+    """The operator ``(L L')^-1`` with L the incomplete Cholesky factor without fill; made by :func:`ic0`.
+
+    Attributes
+    ----------
+    shift : float
+        The diagonal of A was multiplied by ``1 + shift`` before the factorisation (0 unless it broke down without).
+    levels : tuple of int
+        Levels of the forward and backward triangular solves: rows of one level are solved in parallel.
+    """
+
+    def __init__(self, encoded: Encoded, n: int, shift: float, dtype: torch.dtype, device: torch.device) -> None:
+        self._encoded = encoded
+        self.shape, self.dtype, self.device = (n, n), dtype, device
+        self.shift = shift
+        self.levels = (encoded.layout[2], encoded.layout[3])
+
+    def encode(self) -> Encoded:
+        """The factor, its transpose and their level schedules."""
+        return self._encoded
+
+    def _apply(self, x: Tensor) -> Tensor:
+        operands, layout, _ = self._encoded
+        result: Tensor = _native.ic0_solve(operands, layout, x)
+        return result
+
+    @property
+    def T(self) -> IncompleteCholesky:  # noqa: N802
+        """Itself: the operator is symmetric."""
+        return self
+
+
+def ic0(A: Any) -> IncompleteCholesky:
+    """Return the incomplete Cholesky preconditioner without fill, IC(0).
+
+    ``A ~ L L'`` on the pattern of A's lower triangle (Meijerink & van der Vorst 1977). Where the factorisation meets a
+    pivot that is not positive, the diagonal is scaled up and it starts again (Manteuffel 1980); ``.shift`` tells by how
+    much. The solves are scheduled by levels and give the same bits for any number of threads.
+
+    Parameters
+    ----------
+    A : anything :func:`as_operator` takes
+        With known entries (CSR, dense, stencils, sums of these), symmetric.
+
+    Raises
+    ------
+    ValueError
+        Not square, not symmetric, or a diagonal entry is missing.
+    TypeError
+        The operator's entries are not known.
+    NumericalBreakdown
+        No shift up to 10 gave positive pivots: A is far from positive definite. Use ``jacobi``.
+
+    Notes
+    -----
+    O(nnz * entries per row) once, on one host thread; each application reads the factor twice.
+    """
+    matrix = as_operator(A).to_csr()
+    n = matrix.shape[0]
+    if matrix.shape[1] != n:
+        raise ValueError(f"ic0: A: expected a square matrix, got {matrix.shape}")
+    relative, where = matrix.asymmetry()
+    if relative > 1e-6 if matrix.dtype == torch.float32 else relative > 1e-12:
+        raise ValueError(f"ic0: A is not symmetric: {where}; symmetrise it as (A + A.T) / 2 if that is what you mean")
+    if matrix.nnz >= 2**31 or n >= 2**31:
+        raise ValueError("ic0: A: more than 2^31 entries; use jacobi")
+    crow, col, values = (t.detach().cpu() for t in (matrix.crow, matrix.col, matrix.values))
+    rows = _native.csr_rows(crow, col.numel())
+    lower = col <= rows
+    counts = torch.bincount(rows[lower], minlength=n)
+    l_crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    l_col, l_values = col[lower].int(), values[lower].contiguous()
+    missing = torch.ones(n, dtype=torch.bool)
+    missing[col[col == rows].long()] = False
+    if bool(missing.any()):
+        raise ValueError(f"ic0: A: row {int(missing.nonzero()[0])} has no diagonal entry")
+    factor = torch.empty_like(l_values)
+    row = -1
+    for shift in _SHIFTS:
+        row = _C.ic0_factor(l_crow, l_col, l_values, shift, factor)
+        if row < 0:
+            break
+    else:
+        raise NumericalBreakdown(
+            f"ic0: A: the pivot of row {row} is not positive even with the diagonal scaled by 11: A is not positive "
+            "definite or far from diagonally dominant; use M='jacobi' or none"
+        )
+    u_crow, u_col, permutation = torch.empty_like(l_crow), torch.empty_like(l_col), torch.empty_like(l_col)
+    _C.csr_transpose(l_crow, l_col, u_crow, u_col, permutation)
+    operands = [l_crow, l_col, factor, u_crow, u_col, factor[permutation.long()]]
+    levels = []
+    for upper, (factor_crow, factor_col) in enumerate([(l_crow, l_col), (u_crow, u_col)]):
+        pointers, level_rows = torch.empty(n + 1, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+        levels.append(int(_C.level_schedule(factor_crow, factor_col, bool(upper), pointers, level_rows)))
+        operands += [pointers[: levels[-1] + 1].clone(), level_rows]
+    layout = [INCOMPLETE_CHOLESKY, n, *levels]
+    encoded = Encoded([t.to(matrix.device) for t in operands], layout, [1.0])
+    return IncompleteCholesky(encoded, n, shift, matrix.dtype, matrix.device)
+
+
+def as_preconditioner(M: Any, A: LinearOperator, like: Tensor) -> LinearOperator | None:
+    """Resolve the ``M`` argument of a solver: None, a name, an operator or a callable."""
+    if M is None:
+        return None
+    if isinstance(M, str):
+        builders = {"jacobi": jacobi, "ic0": ic0}
+        if M not in builders:
+            raise ValueError(f"cg: M: expected 'jacobi', 'ic0', an operator or a callable, got {M!r}")
+        return builders[M](A)
+    operator = as_operator(M, like=like)
+    if operator.shape != A.shape:
+        raise ValueError(f"cg: M: expected shape {A.shape}, got {operator.shape}")
+    if operator.dtype != A.dtype or operator.device != A.device:
+        raise TypeError(f"cg: M is {operator!r}, A is {A!r}: dtype and device must match; convert one with .to(dtype)")
+    return operator

@@ -1,0 +1,117 @@
+"""Plots of results. matplotlib is imported on first use only; it comes with the extra ``demo``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+
+class ConvergenceHistory(Protocol):
+    """What :func:`plot_convergence` reads: the ``history`` of every iterative result of Kantor."""
+
+    @property
+    def iterations(self) -> NDArray[Any]:
+        """Iteration numbers, shape (m,)."""
+
+    @property
+    def residual_norms(self) -> NDArray[Any]:
+        """Residual norms at these iterations, shape (m,), or (m, batch) for a batch of right-hand sides."""
+
+
+def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
+    """Axes of a new figure (inches), without pyplot's global state so that it works without a display.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is missing; the message names the extra to install.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plotting needs matplotlib: pip install "kantor[demo]"') from error
+    axes: Axes = Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
+    return axes
+
+
+def plot_convergence(
+    history: ConvergenceHistory,
+    ax: Axes | None = None,
+    label: str | None = None,
+    tolerance: float | None = None,
+    **line: Any,
+) -> Axes:
+    """Draw residual norms against iterations on a logarithmic scale.
+
+    Residuals that are zero or not finite have no place on a logarithmic axis and are left out.
+
+    Parameters
+    ----------
+    history : ConvergenceHistory
+        Iteration numbers (m,) and residual norms (m,) or (m, batch); a batch gives one line each.
+    ax : matplotlib Axes, optional
+        Axes to draw into, so that several runs can share a plot; a new figure when None.
+    label : str, optional
+        Written at the end of the line in its colour, in place of a legend.
+    tolerance : float, optional
+        Residual at which the run may stop, drawn as a dotted line.
+    **line
+        Passed to ``Axes.plot`` (colour, width, dashes).
+
+    Returns
+    -------
+    matplotlib Axes
+        ``ax.figure.savefig(path)`` writes the picture.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is missing.
+    ValueError
+        The two arrays of the history do not match.
+    """
+    iterations = np.asarray(history.iterations)
+    residuals = np.asarray(history.residual_norms, dtype=np.float64)
+    if iterations.ndim != 1 or residuals.ndim not in (1, 2) or residuals.shape[0] != iterations.shape[0]:
+        raise ValueError(
+            "plot_convergence: history.residual_norms must have shape (m,) or (m, batch) with m = "
+            f"len(history.iterations), got {residuals.shape} for {iterations.shape}"
+        )
+    ax = new_axes() if ax is None else ax
+    residuals = np.where(np.isfinite(residuals) & (residuals > 0), residuals, np.nan)
+    lines = ax.plot(iterations, residuals, **{"linewidth": 1.8, "solid_capstyle": "round", **line})
+    drawn = np.flatnonzero(np.isfinite(residuals.reshape(len(iterations), -1)[:, 0])) if len(iterations) else []
+    if label is not None and len(drawn):
+        end = drawn[-1]
+        ax.annotate(
+            label,
+            xy=(iterations[end], residuals.reshape(len(iterations), -1)[end, 0]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=lines[0].get_color(),
+            annotation_clip=False,
+        )
+    if tolerance is not None and tolerance > 0:
+        ax.axhline(tolerance, color="0.5", linewidth=1.0, linestyle=":")
+        ax.annotate(
+            "tolerance",
+            xy=(1.0, tolerance),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            color="0.45",
+            fontsize="small",
+        )
+    ax.set_yscale("log")
+    ax.set_xlabel("iteration")
+    ax.set_ylabel("residual norm")
+    ax.grid(visible=True, which="major", color="0.5", alpha=0.25, linewidth=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

@@ -1,0 +1,440 @@
+"""What every Kantor operator has to pass, whatever it computes. A new operator adds one :class:`OpCase`:
+
+    CASES = [OpCase("axpby", call=axpby, sample=lambda size, rand: (rand(size), rand(size), 2.0, 3.0),
+                    oracle=lambda x, y, a, b: a * x + b * y, differentiable=(0, 1), op=axpby)]
+
+    @pytest.mark.parametrize(("check", "case", "device"), op_checks.parameters(CASES))
+    def test_operator(check, case, device):
+        check(case, device)
+
+Tolerances follow a rule, not taste: the error is at most ``factor * eps * condition`` relative to the largest result, or at
+most twice the error of a plain torch version in the same dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from kantor._ops import emulated
+
+Arguments = tuple[Any, ...]
+Rand = Callable[..., Tensor]
+
+DTYPES = (torch.float64, torch.float32)
+
+
+@dataclass(frozen=True)
+class ErrorCase:
+    """Bad input: `spoil` turns good arguments into bad ones, the call must raise `error` with `match` in its message."""
+
+    error: type[Exception] | tuple[type[Exception], ...]
+    match: str
+    spoil: Callable[..., Arguments]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One operator and what the checks need to know about it.
+
+    Attributes
+    ----------
+    call
+        The callable under test, all arguments positional.
+    sample
+        ``sample(size, rand)``: arguments for that size. ``rand(*shape)`` draws float64 standard normal tensors; the checks
+        convert every floating tensor to the dtype under test.
+    oracle
+        Same arguments with floating tensors in float64; plain torch or numpy, independent of the code under test.
+    differentiable
+        Positions of the arguments with derivatives: a Tensor, or a list of which the floating tensors count.
+    outputs, differentiable_outputs
+        So many results, from the first on, are compared, and have derivatives.
+    free
+        Positions of arguments that may hold any values, so that expanded ones still make sense (a matrix that must be
+        positive definite is not free). Default: `differentiable`.
+    constrain
+        Makes perturbed arguments valid again, inside gradcheck (``symmetrise A``).
+    condition
+        Condition estimate of the problem with these arguments.
+    factor
+        Constant of the tolerance rule.
+    plain
+        Plain torch version in the same dtype, for the second half of the rule.
+    checked
+        Whether `call` validates dtypes and devices: public functions do, bare operators rely on them.
+    op, op_arguments
+        The ``torch.ops`` overload for opcheck, and the arguments it gets for arguments of `call`.
+    errors
+        Further bad inputs.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    sample: Callable[[int, Rand], Arguments]
+    oracle: Callable[..., Any]
+    differentiable: tuple[int, ...] = ()
+    outputs: int = 1
+    differentiable_outputs: int = 1
+    free: tuple[int, ...] | None = None
+    constrain: Callable[..., Arguments] = lambda *args: args
+    condition: Callable[..., float] = lambda *args: 1.0
+    factor: float = 16.0
+    plain: Callable[..., Any] | None = None
+    checked: bool = False
+    op: torch._ops.OpOverload[..., Any] | None = None
+    op_arguments: Callable[..., Arguments] = lambda *args: args
+    errors: tuple[ErrorCase, ...] = ()
+    sizes: tuple[int, ...] = (0, 1, 2, 17, 257)
+    small_size: int = 4
+    large_size: int = 100_003
+    gradient_tolerance: float = 1e-5
+
+    def arguments(self, size: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu") -> Arguments:
+        """Sample arguments, reproducible, in a dtype and on a device."""
+        generator = torch.Generator().manual_seed(1000 * seed + size)
+        args = self.sample(size, lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator))
+        target = "cuda" if device == "cuda" else "cpu"
+        return tree_map_only(Tensor, lambda t: t.to(target, dtype if t.is_floating_point() else t.dtype), args)
+
+    def results(self, args: Arguments, device: str = "cpu") -> tuple[Tensor, ...]:
+        """The compared results of the code under test."""
+        with on(device):
+            return as_tuple(self.call(*args))[: self.outputs]
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+# --- devices -----------------------------------------------------------------------------------------------------------
+
+
+def on(device: str) -> AbstractContextManager[None]:
+    """Where operators run inside the context: ``cpu``, ``emulated`` (CUDA code on CPU tensors) or ``cuda``."""
+    return emulated() if device == "emulated" else nullcontext()
+
+
+def require(device: str) -> None:
+    """Skip the test, with the reason, where this build or machine lacks the device."""
+    if device == "emulated" and find_spec("kantor._emu") is None:
+        pytest.skip("kantor._emu is not built: configure with KANTOR_TESTS=ON")
+    if device == "cuda" and not (torch.cuda.is_available() and torch.version.cuda):
+        pytest.skip("no CUDA device")
+
+
+DEVICES = ("cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test on every device; tensors go to ``op_checks.home(device)``."""
+    require(request.param)
+    with on(request.param):
+        yield request.param
+
+
+def home(device: str) -> str:
+    """The torch device that holds the tensors."""
+    return "cuda" if device == "cuda" else "cpu"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- values ------------------------------------------------------------------------------------------------------------
+
+
+def float64(args: Arguments) -> Arguments:
+    return tree_map_only(Tensor, lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu(), args)
+
+
+def largest(tensors: Sequence[Tensor]) -> float:
+    return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
+
+
+def assert_accurate(case: OpCase, actual: Sequence[Tensor], args: Arguments) -> None:
+    """Compare results with the oracle by the tolerance rule."""
+    exact_args = float64(args)
+    expected = as_tuple(case.oracle(*exact_args))[: case.outputs]
+    assert [tuple(t.shape) for t in actual] == [tuple(t.shape) for t in expected]
+    dtype = next(t.dtype for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point())
+
+    def error(results: Sequence[Tensor]) -> float:
+        return largest([got.detach().cpu().double() - want for got, want in zip(results, expected, strict=True)])
+
+    allowed = case.factor * torch.finfo(dtype).eps * case.condition(*exact_args) * largest(expected)
+    if error(actual) > allowed and case.plain is not None:
+        allowed = max(allowed, 2 * error(as_tuple(case.plain(*args))[: case.outputs]))
+    assert error(actual) <= allowed, f"{case.name}: error {error(actual):.2e}, allowed {allowed:.2e} in {dtype}"
+
+
+def check_values(case: OpCase, device: str = "cpu") -> None:
+    """Every size and dtype against the oracle; results are fresh, inputs untouched."""
+    for dtype in DTYPES:
+        for size in case.sizes:
+            args = case.arguments(size, dtype, device=device)
+            before = tree_map_only(Tensor, torch.clone, args)
+            actual = case.results(args, device)
+            assert_accurate(case, actual, before)
+            inputs = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            assert all(torch.equal(a, b) for a, b in zip(inputs, tree_tensors(before), strict=True)), "wrote into an input"
+            owned = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
+            assert owned.isdisjoint(t.untyped_storage().data_ptr() for t in actual if t.numel()), "returned an input"
+
+
+def tree_tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def strided(t: Tensor) -> Tensor:
+    """Every second entry of a larger buffer."""
+    if t.ndim == 0:
+        return t
+    buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 77)
+    buffer[..., ::2] = t
+    return buffer[..., ::2]
+
+
+def offset(t: Tensor) -> Tensor:
+    """Contiguous, but not at the start of its storage and not aligned."""
+    buffer = t.new_full((t.numel() + 1,), 77)
+    buffer[1:] = t.flatten()
+    return buffer[1:].view(t.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": strided,
+    "offset": offset,
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
+    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+}
+
+
+def check_layouts(case: OpCase, device: str = "cpu") -> None:
+    """Any strides, offsets and lazy negation give the bits of contiguous arguments; expanded ones the oracle's values."""
+    for dtype in DTYPES:
+        args = case.arguments(case.sizes[-1], dtype, device=device)
+        expected = case.results(args, device)
+        for name, change in LAYOUTS.items():
+            actual = case.results(tree_map_only(Tensor, change, args), device)
+            same = all(torch.equal(got, want) for got, want in zip(actual, expected, strict=True))
+            assert same, f"{case.name}: {name} arguments change the result in {dtype}"
+        for position in case.differentiable if case.free is None else case.free:
+            changed = list(args)
+            changed[position] = tree_map_only(Tensor, lambda t: t[..., :1].expand(t.shape) if t.ndim else t, args[position])
+            assert_accurate(case, case.results(tuple(changed), device), tuple(changed))
+
+
+def check_threads(case: OpCase, device: str = "cpu") -> None:
+    """One thread and two give the same bits."""
+    for dtype in DTYPES:
+        args = case.arguments(case.large_size, dtype, device=device)
+        with threads(1):
+            one = case.results(args, device)
+        with threads(2):
+            two = case.results(args, device)
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), f"{case.name}: threads change bits in {dtype}"
+
+
+def check_devices(case: OpCase, device: str = "cpu") -> None:
+    """A device gives what the CPU path gives, up to the order of its sums."""
+    for size in case.sizes:
+        args = case.arguments(size, torch.float64, device=device)
+        expected = case.results(case.arguments(size, torch.float64))
+        actual = case.results(args, device)
+        allowed = case.factor * torch.finfo(torch.float64).eps * case.condition(*float64(args)) * largest(expected)
+        assert largest([got.cpu() - want for got, want in zip(actual, expected, strict=True)]) <= allowed
+
+
+# --- derivatives and transforms ----------------------------------------------------------------------------------------
+
+
+def flatten(case: OpCase, args: Arguments) -> tuple[list[Tensor], Callable[..., Arguments]]:
+    """The differentiable tensors of the arguments, and the way back from such tensors to arguments."""
+
+    def counts(position: int, leaf: Any) -> bool:
+        return position in case.differentiable and isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+    def rebuild(*leaves: Tensor) -> Arguments:
+        rest = iter(leaves)
+
+        def replace(position: int, value: Any) -> Any:
+            if isinstance(value, list):
+                return [replace(position, entry) for entry in value]
+            return next(rest) if counts(position, value) else value
+
+        return tuple(replace(position, value) for position, value in enumerate(args))
+
+    tensors = [leaf for position, value in enumerate(args) for leaf in tree_leaves(value) if counts(position, leaf)]
+    return tensors, rebuild
+
+
+def differentiable_call(case: OpCase, args: Arguments) -> tuple[list[Tensor], Callable[..., Any]]:
+    """The operator as a function of its differentiable tensors alone."""
+    tensors, rebuild = flatten(case, args)
+
+    def function(*leaves: Tensor) -> Any:
+        results = as_tuple(case.call(*case.constrain(*rebuild(*leaves))))[: case.differentiable_outputs]
+        return results[0] if len(results) == 1 else results
+
+    return tensors, function
+
+
+def check_gradients(case: OpCase, device: str = "cpu") -> None:
+    """First and second derivatives against finite differences: reverse, forward, batched, and both over each other."""
+    tensors, function = differentiable_call(case, case.arguments(case.small_size, device=device))
+    leaves = tuple(t.clone().requires_grad_() for t in tensors)
+    tolerance = {"atol": case.gradient_tolerance, "rtol": 1e-4}
+    with on(device):
+        modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+        assert torch.autograd.gradcheck(function, leaves, **modes, **tolerance)
+        assert torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_batched_grad=True, **tolerance)
+        if len(leaves) == 1 and isinstance(function(*leaves), Tensor):
+            forward, reverse = (jacobian(function)(*tensors) for jacobian in (torch.func.jacfwd, torch.func.jacrev))
+            torch.testing.assert_close(forward, reverse)
+
+
+def check_vmap(case: OpCase, device: str = "cpu") -> None:
+    """vmap over one, and over all, of the differentiable tensors, at the first and at the last dimension, is the loop."""
+    samples = [case.arguments(case.small_size, seed=seed, device=device) for seed in range(3)]
+    first, function = differentiable_call(case, samples[0])
+    columns = list(zip(*(flatten(case, args)[0] for args in samples), strict=True))
+    choices = [{index} for index in range(len(first))] + [set(range(len(first)))] * (len(first) > 1)
+    with on(device):
+        for chosen in choices:
+            rows = [[column[row if index in chosen else 0] for index, column in enumerate(columns)] for row in range(3)]
+            looped = [as_tuple(function(*row)) for row in rows]
+            expected = tuple(torch.stack(parts) for parts in zip(*looped, strict=True))
+            for dim in (0, -1):
+                dims = tuple(dim if index in chosen else None for index in range(len(first)))
+                batch = [torch.stack(column, dim) if index in chosen else column[0] for index, column in enumerate(columns)]
+                actual = as_tuple(torch.vmap(function, dims)(*batch))
+                torch.testing.assert_close(actual, expected, rtol=1e-12, atol=case.factor * 1e-15 * largest(expected))
+
+
+def with_gradients(function: Callable[..., Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Results of a function, and the gradients of the sum of their squares."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    results = as_tuple(function(*leaves))
+    loss = sum((result**2).sum() for result in results)
+    return [*(result.detach() for result in results), *torch.autograd.grad(loss, leaves)]
+
+
+def check_compile(case: OpCase, device: str = "cpu", backend: str = "aot_eager") -> None:
+    """torch.compile in one graph gives the eager results and gradients, also after the size changes."""
+    torch._dynamo.reset()
+
+    def step(*args: Any) -> Any:
+        return as_tuple(case.call(*args))[: case.differentiable_outputs]
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    with on(device):
+        for size in (case.small_size, case.small_size + 3):
+            args = case.arguments(size, device=device)
+            tensors, rebuild = flatten(case, args)
+            eager = with_gradients(lambda *leaves, rebuild=rebuild: step(*rebuild(*leaves)), tensors)
+            graph = with_gradients(lambda *leaves, rebuild=rebuild: compiled(*rebuild(*leaves)), tensors)
+            torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-14)
+
+
+def check_export(case: OpCase, device: str = "cpu") -> None:
+    """torch.export records the operator, and the exported program gives its results."""
+    args = case.arguments(case.small_size, device=device)
+    tensors, rebuild = flatten(case, args)
+
+    class Module(torch.nn.Module):
+        def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+            return as_tuple(case.call(*rebuild(*leaves)))[: case.outputs]
+
+    program = torch.export.export(Module(), tuple(tensors))
+    if case.op is not None:
+        assert any(node.target is case.op for node in program.graph.nodes), f"{case.name}: not in the exported graph"
+    with on(device):
+        torch.testing.assert_close(as_tuple(program.module()(*tensors)), case.results(args), rtol=0, atol=0)
+
+
+def check_opcheck(case: OpCase, device: str = "cpu") -> None:
+    """torch's own checks: schema (no hidden writes or aliases), registration, fake tensors, AOT dispatch."""
+    if case.op is None:
+        pytest.skip(f"{case.name} is made of several operators; each has a case of its own")
+    for wanted in (False, True):
+        args = case.arguments(case.small_size, device=device)
+        tensors, rebuild = flatten(case, args)
+        leaves = [t.clone().requires_grad_(wanted) for t in tensors]
+        with on(device):
+            torch.library.opcheck(case.op, case.op_arguments(*rebuild(*leaves)))
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def check_errors(case: OpCase, device: str = "cpu") -> None:
+    """Wrong dtypes, mixed dtypes and devices, and the case's own bad inputs raise, with a message that says why."""
+    args = case.arguments(case.small_size, device=device)
+    tensors, rebuild = flatten(case, args)
+    with on(device):
+        for index in range(len(tensors) if case.checked else 0):
+
+            def replaced(tensor: Tensor, index: int = index) -> Arguments:
+                return rebuild(*(tensor if at == index else old for at, old in enumerate(tensors)))
+
+            for dtype in (torch.float16, torch.int64, torch.complex128):
+                with pytest.raises(TypeError, match=str(dtype).removeprefix("torch.")):
+                    case.call(*replaced(tensors[index].to(dtype)))
+            if len(tensors) > 1:
+                with pytest.raises((TypeError, ValueError), match=r"float32[\s\S]*float64|float64[\s\S]*float32"):
+                    case.call(*replaced(tensors[index].float()))
+                with pytest.raises((TypeError, ValueError), match=r"meta[\s\S]*(cpu|cuda)|(cpu|cuda)[\s\S]*meta"):
+                    case.call(*replaced(tensors[index].to("meta")))
+        for bad in case.errors:
+            with pytest.raises(bad.error, match=bad.match):
+                case.call(*bad.spoil(*args))
+
+
+# --- parametrisation ---------------------------------------------------------------------------------------------------
+
+EVERYWHERE = (check_values, check_layouts)
+ELSEWHERE = (check_devices,)
+ON_CPU = (check_threads, check_gradients, check_vmap, check_compile, check_export, check_opcheck, check_errors)
+
+
+def run_check(check: Callable[..., None], case: OpCase, device: str) -> None:
+    require(device)
+    check(case, device)
+
+
+def parameters(cases: Sequence[OpCase]) -> list[Any]:
+    """All (check, case, device) triples, for ``pytest.mark.parametrize``."""
+    plan = [
+        *((check, device) for check in EVERYWHERE for device in ("cpu", "emulated", "cuda")),
+        *((check, device) for check in ELSEWHERE for device in ("emulated", "cuda")),
+        *((check, "cpu") for check in ON_CPU),
+    ]
+    return [
+        pytest.param(
+            check,
+            case,
+            device,
+            id=f"{case.name}-{check.__name__.removeprefix('check_')}-{device}",
+            marks=[pytest.mark.gpu] if device == "cuda" else [],
+        )
+        for case in cases
+        for check, device in plan
+        if case.differentiable or check not in (check_gradients, check_vmap, check_compile, check_export)
+    ]
