@@ -1,10 +1,10 @@
 """Worker processes that hold one prepared solver each, so that a runner can interleave their repetitions.
 
 A worker is started as `python harness.py`; it reads one JSON command a line and answers each with one JSON line:
-    {"do": "prepare", "module": "linalg.bench_cg", "spec": {...}}  ->  {"ok": true, ...}
-    {"do": "measure", "goal": "iterations"}                        ->  {"ok": true, "seconds": ..., ...}
-`module` names a file of bench/ that has `prepare(spec) -> (measure, facts)`, where measure(goal) returns a dict of
-numbers. The environment fixes the threads before any library is loaded, and idle threads sleep (OMP_WAIT_POLICY).
+    {"do": "prepare", "spec": {...}}         ->  {"ok": true, ...}
+    {"do": "measure", "goal": "iterations"}  ->  {"ok": true, "seconds": ..., ...}
+The environment names a module of bench/ that has `prepare(spec) -> (measure, facts)`, where measure(goal) returns a
+dict of numbers, and fixes the threads before any library is loaded; idle threads sleep (OMP_WAIT_POLICY).
 """
 
 from __future__ import annotations
@@ -50,16 +50,17 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """The runner's end of one worker process."""
+    """The runner's end of one worker process; a pinned one may use as many processors as it has threads."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, module: str, pinned: bool = True) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = os.environ | {
-            name: str(threads)
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KANTOR_BENCH_THREADS")
-        }
+        environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment |= {
+            "KANTOR_BENCH_MODULE": module,
+            "KANTOR_BENCH_PROCESSORS": str(threads if pinned else 0),
             "OMP_WAIT_POLICY": "PASSIVE",
+            # Behind numpy: its threads spin between calls, which costs scipy's loop far more than two dots can gain.
+            "OPENBLAS_NUM_THREADS": "1",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
@@ -72,9 +73,9 @@ class Worker:
         )
         self._unread = b""
 
-    def prepare(self, module: str, spec: Spec, timeout: float) -> dict[str, Any]:
+    def prepare(self, spec: Spec, timeout: float) -> dict[str, Any]:
         """Build the problem and the solver, warm it up; returns facts such as setup_seconds."""
-        return self._ask({"do": "prepare", "module": module, "spec": asdict(spec)}, timeout)
+        return self._ask({"do": "prepare", "spec": asdict(spec)}, timeout)
 
     def measure(self, goal: str, timeout: float) -> dict[str, Any]:
         """One timed repetition."""
@@ -136,11 +137,12 @@ def _serve() -> None:
     # Libraries print what they like on standard output; the answers need a channel of their own.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
-        threads = int(os.environ.get("KANTOR_BENCH_THREADS", "0"))
+        threads = int(os.environ["KANTOR_BENCH_PROCESSORS"])
         # XLA sizes its thread pool by the processors it may use: affinity is the one setting that all libraries heed.
         allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         if 0 < threads < len(allowed):
             os.sched_setaffinity(0, allowed[-threads:])
+        module = importlib.import_module(os.environ["KANTOR_BENCH_MODULE"])
         measure: Measure | None = None
         for line in sys.stdin:
             command = json.loads(line)
@@ -148,7 +150,6 @@ def _serve() -> None:
                 if command["do"] == "prepare":
                     measure = None
                     gc.collect()  # a worker that is used again must not hold two problems
-                    module = importlib.import_module(command["module"])
                     measure, facts = module.prepare(Spec(**command["spec"]))
                     reply = {"ok": True} | facts
                 else:

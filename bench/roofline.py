@@ -201,6 +201,13 @@ def measure_machine(threads: list[int], device: str = "cpu", source: str = "auto
         yield from peak(count, source)
 
 
+def device_is_there(device: str) -> bool:
+    """Whether the machine has a "cpu" or a "cuda" device that torch can use."""
+    import torch
+
+    return device == "cpu" or torch.cuda.is_available()
+
+
 def _at_level(rate: Measurement, level: str) -> Measurement:
     return Measurement(**(asdict(rate) | {"level": level}))
 
@@ -230,12 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch loads its OpenMP
     if options.build:
         programs.build(PROGRAM)
-    if options.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print("roofline: torch sees no CUDA device", file=sys.stderr)
-            return 1
+    if not device_is_there(options.device):
+        print("roofline: torch sees no CUDA device", file=sys.stderr)
+        return 1
     rates = []
     for rate in measure_machine(options.threads, options.device, options.source):
         rates.append(rate)

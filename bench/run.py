@@ -123,7 +123,7 @@ def run_group(specs: list[Spec], plan: Plan, recorder: Recorder, pool: dict[str,
     keep = plan.reuse or harness.fits([plan.module.memory_estimate(spec) for spec in specs])
     failed: set[str] = set()
     done: set[tuple[str, str]] = set()
-    prepared: set[str] = set()
+    facts: dict[str, dict[str, Any]] = {}
     for repetition in range(plan.repeats):
         for spec in specs:
             if spec.peer in failed:
@@ -133,16 +133,15 @@ def run_group(specs: list[Spec], plan: Plan, recorder: Recorder, pool: dict[str,
                 break
             identity = {"kind": "measurement", **asdict(spec), "repetition": repetition}
             try:
-                worker = pool.get(spec.peer) or pool.setdefault(spec.peer, Worker(spec.threads))
-                if spec.peer not in prepared:
-                    facts = worker.prepare(CG_MODULE, spec, min(PREPARE_TIMEOUT, plan.left()))
-                    prepared.add(spec.peer)
+                worker = pool.get(spec.peer) or start(pool, spec)
+                if spec.peer not in facts:
+                    facts[spec.peer] = worker.prepare(spec, min(PREPARE_TIMEOUT, plan.left()))
                 for goal in plan.module.goals(spec, plan.goals):
                     if goal == "solve" and repetition > 0 and (spec.peer, goal) in done and plan.module.slow(spec):
                         continue  # one solve to the tolerance is enough where it takes long
                     result = worker.measure(goal, min(plan.timeout, plan.left()))
                     done.add((spec.peer, goal))
-                    recorder.add(identity | {"goal": goal} | facts | result)
+                    recorder.add(identity | {"goal": goal} | facts[spec.peer] | result)
                     say(f"{label} #{repetition + 1} {spec.peer:18s} {goal:10s} {describe(result)}")
             except WorkerError as error:
                 failed.add(spec.peer)
@@ -151,13 +150,19 @@ def run_group(specs: list[Spec], plan: Plan, recorder: Recorder, pool: dict[str,
                 discard(pool, spec.peer)
             if not keep:
                 discard(pool, spec.peer)
-                prepared.discard(spec.peer)
+                facts.pop(spec.peer, None)
     if not plan.reuse:
         for peer in list(pool):
             discard(pool, peer)
     if calibration is not None and done:
         group = {key: getattr(first, key) for key in ("case", "problem", "dtype", "threads", "device")}
         recorder.add({"kind": "yardstick", **group} | calibration.finish())
+
+
+def start(pool: dict[str, Worker], spec: Spec) -> Worker:
+    """A new worker for the spec's peer."""
+    pool[spec.peer] = Worker(spec.threads, CG_MODULE, pinned=spec.device == "cpu")
+    return pool[spec.peer]
 
 
 def discard(pool: dict[str, Worker], peer: str) -> None:
@@ -197,6 +202,9 @@ def specs_of(options: argparse.Namespace, problems: list[str], module: ModuleTyp
 
 def run_cg(options: argparse.Namespace, problems: list[str]) -> int:
     """The cases "cg" and "matrices"."""
+    if options.device == "cuda" and not roofline.device_is_there("cuda"):
+        say(f"{options.case}: torch sees no CUDA device")
+        return 1
     module = importlib.import_module(CG_MODULE)
     recorder = Recorder(options.output / f"{options.case}.jsonl")
     recorder.add(machine.environment())
@@ -204,8 +212,12 @@ def run_cg(options: argparse.Namespace, problems: list[str]) -> int:
     deadline = time.monotonic() + options.time_limit
     plan = Plan(module, options.goals, options.repeats, options.timeout, deadline, options.device == "cuda")
     pool: dict[str, Worker] = {}
+    groups = list(specs_of(options, problems, module))
+    if plan.reuse:  # all at once, so that they load their libraries side by side
+        for spec in {spec.peer: spec for specs in groups for spec in specs}.values():
+            start(pool, spec)
     try:
-        for specs in specs_of(options, problems, module):
+        for specs in groups:
             goals = plan.goals
             if options.case == "cg" and module.unknowns(specs[0].problem) > options.solve_limit**3:
                 goals = [goal for goal in goals if goal != "solve"]
@@ -293,7 +305,11 @@ def main(arguments: list[str] | None = None) -> int:
     recorder = Recorder(options.output / f"{options.case}.jsonl")
     recorder.add(machine.environment())
     watching = options.case == "curvature"
-    result = curvature.run(options.sizes, recorder.add) if watching else overhead.run(recorder.add)
+    try:
+        result = curvature.run(options.sizes, recorder.add) if watching else overhead.run(recorder.add)
+    except RuntimeError as error:
+        say(f"{options.case}: {error}")
+        return 1
     result.print()
     recorder.path.with_suffix(".txt").write_text(result.text() + "\n")
     return 0

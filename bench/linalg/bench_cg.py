@@ -8,6 +8,7 @@ Goal "solve": until |r| <= rtol |b| with the solver's own residual; the true one
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from harness import Measure, Spec
-from linalg import peers, problems
+from linalg import peers, problems, solvers
 
 TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LEAST_SECONDS = 0.1  # a shorter run is repeated and its median taken
@@ -28,7 +29,7 @@ def unknowns(problem: str) -> int:
 
 def default_iterations(problem: str, device: str) -> int:
     """A fixed iteration count that lasts about a second with the slowest peers; a multiple of four."""
-    work, low, high = (13e9, 48, 400) if device == "cuda" else (2.7e8, 16, 100)
+    work, low, high = (13e9, 48, 200) if device == "cuda" else (2.7e8, 16, 100)
     return int(min(max(work / max(unknowns(problem), 1), low), high)) // 4 * 4
 
 
@@ -72,16 +73,18 @@ def prepare(spec: Spec) -> tuple[Measure, dict[str, Any]]:
     peer = peers.PEERS[spec.peer]
     if peer.operator == "csr":
         _ = problem.csr  # assembling the matrix is nobody's setup
+    for name in peer.needs:
+        importlib.import_module(name)  # nor is importing a library
     begin = time.perf_counter()
     plan = peer.prepare(problem)
     setup = time.perf_counter() - begin
-    short = peers.Goal(spec.iterations // 4)
+    short = solvers.Goal(spec.iterations // 4)
     if "iterations" in peer.goals:
         plan(short)()
 
     def fixed() -> dict[str, Any]:
-        quarter = peers.measure(plan, problem, short, LEAST_SECONDS / 4)
-        whole = peers.measure(plan, problem, peers.Goal(spec.iterations), LEAST_SECONDS)
+        quarter = solvers.measure(plan, problem, short, LEAST_SECONDS / 4)
+        whole = solvers.measure(plan, problem, solvers.Goal(spec.iterations), LEAST_SECONDS)
         if whole.iterations != spec.iterations:
             raise RuntimeError(f"stopped after {whole.iterations} of {spec.iterations} iterations")
         marginal = (whole.seconds - quarter.seconds) / (whole.iterations - quarter.iterations)
@@ -94,7 +97,7 @@ def prepare(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         }
 
     def solve() -> dict[str, Any]:
-        outcome = peers.measure(plan, problem, peers.Goal(10 * problem.n, spec.rtol), LEAST_SECONDS)
+        outcome = solvers.measure(plan, problem, solvers.Goal(10 * problem.n, spec.rtol), LEAST_SECONDS)
         # Between the recursive and the true residual lies rounding; ten times the tolerance is a failure.
         return {
             "seconds": outcome.seconds,
@@ -108,5 +111,5 @@ def prepare(spec: Spec) -> tuple[Measure, dict[str, Any]]:
     return lambda goal: measures[goal](), facts
 
 
-def _nonzeros(problem: problems.Problem, peer: peers.Peer) -> int:
+def _nonzeros(problem: problems.Problem, peer: solvers.Peer) -> int:
     return problem.csr.values.numel() if peer.operator == "csr" else 0

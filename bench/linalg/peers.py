@@ -1,106 +1,21 @@
-"""Conjugate gradient solvers that bench_cg times side by side, each at the best configuration found for it.
-
-A peer is prepared once for a problem (matrix conversion, preconditioner, workspaces), planned for a goal (compilation),
-and then run: only the run is timed. The residual is formed by the harness from the returned x, not by the peer.
-"""
+"""The conjugate gradient solvers that bench_cg times side by side, each at the best configuration found for it."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
-import time
+import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from linalg.problems import Problem, poisson_slices
+from linalg.problems import Problem
+from linalg.solvers import Goal, Peer, Plan, Run, Solution
+from linalg.torch_loops import torch_csr, torch_slices
 
 UNATTAINABLE = 1e-30  # a tolerance that keeps a stopping test in the loop without ever meeting it
-CHECK_EVERY = 16  # iterations between two convergence tests of the loops that must not synchronise with the GPU
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Exactly `iterations` iterations (rtol 0), or |r| <= rtol |b| in at most `iterations`."""
-
-    iterations: int
-    rtol: float = 0.0
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What a run gives back: x, flat, and how many iterations it took."""
-
-    x: torch.Tensor
-    iterations: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One timed run. `residual` is |b - A x| / |b| in float64."""
-
-    seconds: float
-    iterations: int
-    residual: float
-
-
-Run = Callable[[], Solution]
-Plan = Callable[[Goal], Run]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A solver under test. `limit` is the largest number of unknowns it is asked to solve by default."""
-
-    name: str
-    operator: Literal["stencil", "csr"]
-    configuration: str
-    prepare: Callable[[Problem], Plan]
-    needs: tuple[str, ...]
-    devices: tuple[str, ...] = ("cpu",)
-    dtypes: tuple[str, ...] = ("float64", "float32")
-    goals: tuple[str, ...] = ("iterations", "solve")
-    preconditioned: bool = False
-    limit: int = 256**3
-
-    def obstacle(self, problem_is_grid: bool, dtype: str, device: str, unknowns: int) -> str:
-        """Why this peer cannot run that case, "" when it can."""
-        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        if missing:
-            return f"{', '.join(missing)} not installed"
-        if device not in self.devices:
-            return f"runs on {', '.join(self.devices)} only"
-        if dtype not in self.dtypes:
-            return f"computes in {', '.join(self.dtypes)} only"
-        if self.operator == "stencil" and not problem_is_grid:
-            return "needs a grid"
-        if unknowns > self.limit:
-            return f"limited to {self.limit} unknowns"
-        return ""
-
-
-def measure(plan: Plan, problem: Problem, goal: Goal, least_seconds: float = 0.0) -> Outcome:
-    """Time a planned run; a run shorter than `least_seconds` is repeated and its median taken."""
-    run = plan(goal)
-    cuda = problem.b.is_cuda
-    times: list[float] = []
-    while True:
-        if cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        solution = run()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-        if sum(times) >= least_seconds:
-            break
-    seconds = sorted(times)[len(times) // 2]
-    return Outcome(seconds, solution.iterations, problem.relative_residual(solution.x))
 
 
 # Kantor
@@ -171,9 +86,6 @@ def _pyamg(problem: Problem, smoothed_aggregation: bool) -> Plan:
 
 
 def _petsc(problem: Problem) -> Plan:
-    import petsc4py
-
-    petsc4py.init(["-malloc_debug", "no"])
     from petsc4py import PETSc
 
     arrays = problem.csr
@@ -203,109 +115,6 @@ def _petsc(problem: Problem) -> Plan:
     return plan
 
 
-# Plain torch loops: every update in place, every product into a workspace, three fused vector updates an iteration
-
-Apply = Callable[[torch.Tensor, torch.Tensor], object]
-
-
-def _apply_slices(problem: Problem) -> Apply:
-    if problem.grid is None:
-        raise ValueError("_apply_slices: expected a grid")
-    grid = problem.grid
-    return lambda p, q: poisson_slices(p.view(grid), q.view(grid))
-
-
-def _apply_csr(problem: Problem) -> Apply:
-    matrix = problem.csr.torch()
-    return lambda p, q: torch.mv(matrix, p, out=q)
-
-
-def _torch_host(problem: Problem, apply: Apply) -> Plan:
-    """The loop for a CPU: scalars are Python floats."""
-    b = problem.b
-    x, r, p, q = (torch.empty_like(b) for _ in range(4))
-
-    def solve(goal: Goal) -> Solution:
-        x.zero_()
-        r.copy_(b)
-        p.copy_(b)
-        rr = float(torch.dot(r, r))
-        target = goal.rtol**2 * rr
-        done = 0
-        while done < goal.iterations and rr > target:
-            apply(p, q)
-            alpha = rr / float(torch.dot(p, q))
-            x.add_(p, alpha=alpha)
-            r.sub_(q, alpha=alpha)
-            before, rr = rr, float(torch.dot(r, r))
-            torch.add(r, p, alpha=rr / before, out=p)
-            done += 1
-        return Solution(x, done)
-
-    return lambda goal: functools.partial(solve, goal)
-
-
-def _torch_device(problem: Problem, apply: Apply, graph: bool) -> Plan:
-    """The loop for a GPU: scalars stay on the device and convergence is looked at every CHECK_EVERY iterations only.
-
-    With `graph`, one iteration is captured as a CUDA graph and replayed.
-    """
-    b = problem.b
-    x, r, p, q = (torch.empty_like(b) for _ in range(4))
-    rr = torch.zeros((), dtype=b.dtype, device=b.device)
-
-    def start() -> None:
-        x.zero_()
-        r.copy_(b)
-        p.copy_(b)
-        rr.copy_(torch.dot(r, r))
-
-    def step() -> None:
-        apply(p, q)
-        alpha = rr / torch.dot(p, q)
-        x.addcmul_(p, alpha)
-        r.addcmul_(q, alpha, value=-1.0)
-        new = torch.dot(r, r)
-        torch.addcmul(r, p, new / rr, out=p)
-        rr.copy_(new)
-
-    advance: Callable[[], object] = step
-    if graph:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # capture needs the libraries' workspaces to exist
-            start()
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            step()
-        advance = captured.replay
-
-    def solve(goal: Goal) -> Solution:
-        start()
-        target = goal.rtol**2 * float(rr) if goal.rtol > 0 else 0.0
-        done = 0
-        while done < goal.iterations:
-            if goal.rtol > 0 and done % CHECK_EVERY == 0 and float(rr) <= target:
-                break
-            advance()
-            done += 1
-        return Solution(x, done)
-
-    return lambda goal: functools.partial(solve, goal)
-
-
-def _torch_slices(problem: Problem) -> Plan:
-    apply = _apply_slices(problem)
-    return _torch_device(problem, apply, graph=False) if problem.b.is_cuda else _torch_host(problem, apply)
-
-
-def _torch_csr(problem: Problem) -> Plan:
-    apply = _apply_csr(problem)
-    return _torch_device(problem, apply, graph=False) if problem.b.is_cuda else _torch_host(problem, apply)
-
-
 # lineax: the whole solve in one XLA program
 
 
@@ -316,6 +125,10 @@ def _lineax(problem: Problem, tested: bool) -> Plan:
     import jax
 
     jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
+    if not problem.b.is_cuda:
+        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+    elif jax.default_backend() != "gpu":
+        raise RuntimeError("_lineax: this jax sees no GPU")
     import jax.numpy as jnp
     import lineax
 
@@ -323,10 +136,14 @@ def _lineax(problem: Problem, tested: bool) -> Plan:
     b = jnp.asarray(problem.b.cpu().numpy()).reshape(grid)
     b_norm = float(torch.linalg.vector_norm(problem.b.double()))
 
+    # lineax takes p.Ap <= 100 eps n r.r for a breakdown and returns NaN, which in float32 ends every Poisson problem
+    # from 64^3 on; a large multiple of A passes that test and has the same iterates up to that factor.
+    scale = 2.0 ** max(0, math.ceil(math.log2(1e5 * torch.finfo(problem.b.dtype).eps * problem.n)))
+
     def stencil(u: Any) -> Any:
         padded = jnp.pad(u, 1)
         core = slice(1, -1)
-        return (
+        return scale * (
             6 * u
             - padded[:-2, core, core]
             - padded[2:, core, core]
@@ -350,7 +167,7 @@ def _lineax(problem: Problem, tested: bool) -> Plan:
 
         def solve(rhs: Any) -> Any:
             solution = lineax.linear_solve(operator, rhs, method, throw=False)
-            return solution.value, solution.stats["num_steps"]
+            return scale * solution.value, solution.stats["num_steps"]
 
         return jax.jit(solve).lower(b).compile()
 
@@ -418,22 +235,25 @@ PEERS: dict[str, Peer] = {
             "kantor-csr-ic0", "csr", "cg(CSR.from_any(A), b, M=ic0(A))",
             lambda problem: _kantor(problem, "csr", "ic0"), ("kantor",), BOTH, preconditioned=True,
         ),
-        Peer("scipy-csr", "csr", "scipy.sparse.linalg.cg, CSR int32", _scipy, ("scipy",)),
         Peer(
-            "torch-csr", "csr", "in-place loop, torch CSR int32, mv(out=)", _torch_csr, (), BOTH,
+            "scipy-csr", "csr", "scipy.sparse.linalg.cg, CSR int32, BLAS on one thread",
+            _scipy, ("scipy.sparse.linalg",),
+        ),
+        Peer(
+            "torch-csr", "csr", "in-place loop, torch CSR int32, mv(out=)", torch_csr, (), BOTH,
         ),
         Peer(
             "torch-slices", "stencil", "in-place loop, stencil by shifted slices",
-            _torch_slices, (), BOTH, limit=GPU_STENCIL_LIMIT,
+            torch_slices, (), BOTH, limit=GPU_STENCIL_LIMIT,
         ),
         Peer(
             "torch-slices-graph", "stencil", "the same iteration as a CUDA graph",
-            lambda problem: _torch_device(problem, _apply_slices(problem), graph=True), (), ("cuda",),
+            lambda problem: torch_slices(problem, graph=True), (), ("cuda",),
             limit=GPU_STENCIL_LIMIT,
         ),
         Peer(
             "torch-csr-graph", "csr", "the torch CSR iteration as a CUDA graph",
-            lambda problem: _torch_device(problem, _apply_csr(problem), graph=True), (), ("cuda",),
+            lambda problem: torch_csr(problem, graph=True), (), ("cuda",),
         ),
         Peer(
             "lineax-stencil", "stencil", "lineax.CG, jitted stencil, stabilise_every=None",
@@ -441,7 +261,7 @@ PEERS: dict[str, Peer] = {
         ),
         Peer(
             "lineax-untested", "stencil", "the same with rtol = atol = 0: no stopping test in the loop",
-            lambda problem: _lineax(problem, tested=False), ("jax", "lineax"), BOTH, goals=("iterations",),
+            lambda problem: _lineax(problem, tested=False), ("jax", "lineax"), goals=("iterations",),
             limit=GPU_STENCIL_LIMIT,
         ),
         Peer(
@@ -452,8 +272,8 @@ PEERS: dict[str, Peer] = {
             lambda problem: _pyamg(problem, True), ("pyamg",), goals=("solve",), preconditioned=True, limit=128**3,
         ),
         Peer(
-            "petsc-csr", "csr", "KSP cg, PC none, AIJ, one process", _petsc, ("petsc4py",), dtypes=("float64",),
+            "petsc-csr", "csr", "KSP cg, PC none, AIJ, one process", _petsc, ("petsc4py.PETSc",), dtypes=("float64",),
         ),
-        Peer("cupy-csr", "csr", "cupyx.scipy.sparse.linalg.cg, CSR int32", _cupy, ("cupy", "cupyx"), ("cuda",)),
+        Peer("cupy-csr", "csr", "cupyx.scipy.sparse.linalg.cg, CSR int32", _cupy, ("cupy",), ("cuda",)),
     )
 }  # fmt: skip

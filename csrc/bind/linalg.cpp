@@ -101,7 +101,7 @@ void bind_cg(const Operands& operands, const Layout& layout, const Scales& scale
     Preconditioner<T> M = read_preconditioner<T>(m_args, b);
     if (!precondition.is_none()) M = precondition_callback;
     const CgOptions options{rtol, atol, max_iterations, double(std::numeric_limits<T>::epsilon()) / 2,
-                            v.batch ? history.size() / v.batch : 2};
+                            v.batch ? history.size() / v.batch : 2, !user_monitor.is_none()};
     const Exec exec = exec_for(b, threads);
     const CgMonitor monitor = PythonMonitor(user_monitor);
     py::gil_scoped_release nogil;

@@ -119,7 +119,7 @@ class OperatorReader {
     const Index* crow = operand<const Index>(rows + 1);
     const int64_t nnz = operand_at(0).size();
     const Index* col = operand<const Index>(nnz);
-    return {rows, cols, halo, crow, col, operand<const T>(nnz)};
+    return {rows, cols, nnz, halo, crow, col, operand<const T>(nnz)};
   }
 
   template <class T>

@@ -140,24 +140,25 @@ __device__ __forceinline__ T block_max(T value) {
   return detail::block_reduce(value, value, detail::Larger{});
 }
 
-// Lets one kernel finish a reduction over its grid: true in every thread of exactly one block, the one that gets here
-// last and therefore sees what the threads of all blocks wrote before. *ticket must be zero at the launch and is zero
-// again afterwards. All threads of all blocks must call it, once in a launch for each ticket.
+// Lets one kernel finish a reduction over its grid: true in every thread of exactly one of `blocks` blocks, the one
+// that gets here last and therefore sees what the threads of all of them wrote before. *ticket must be zero at the
+// launch and is zero again afterwards. All threads of these blocks must call it, once in a launch for each ticket.
 ///
 //     partial[blockIdx.x] = ...;                        // by one thread of each block
-//     if (!is_last_block(ticket)) return;
+//     if (!is_last_block(ticket, gridDim.x)) return;
 //     ... combine partial[0..gridDim.x-1] in a fixed order, whichever block this is ...
-__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   SIMT_SHARED(bool, last, 1);
   __threadfence();  // my writes become visible before my block takes its ticket
   __syncthreads();
-  if (thread_rank() == 0) {
-    const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
-    last[0] = atomicInc(ticket, blocks - 1) == blocks - 1;  // wraps to zero
-  }
+  if (thread_rank() == 0) last[0] = atomicInc(ticket, blocks - 1) == blocks - 1;  // wraps to zero
   __syncthreads();
   __threadfence();  // and what the others wrote before theirs is read afresh
   return last[0];
+}
+// Over the whole grid.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+  return is_last_block(ticket, gridDim.x * gridDim.y * gridDim.z);
 }
 
 }  // namespace kantor::simt

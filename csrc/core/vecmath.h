@@ -218,6 +218,15 @@ KANTOR_ALWAYS_INLINE void padded_copy(const T* x, std::int64_t count, T padding,
   for (int j = 0; j < block_length; ++j) block[j] = j < count ? x[j] : padding;
 }
 
+// The sum of numbers among which is +inf: that, or NaN when it is there too.
+template <class T>
+KANTOR_ALWAYS_INLINE T infinite_sum(std::int64_t n, const T* x) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (x[i] != x[i]) return x[i];
+  }
+  return std::numeric_limits<T>::infinity();
+}
+
 }  // namespace detail
 
 // y_i = exp(x_i); y may be x. Traffic: 2n words.
@@ -250,7 +259,8 @@ KANTOR_SIMD T log_sum_exp(std::int64_t n, const T* x) {
   for (std::int64_t i = 0; i < whole; i += length) detail::max_block(x + i, largest);
   if (ragged) detail::max_block(block, largest);
   T shift = detail::tree_block(largest, [](T a, T b) { return detail::larger(a, b); });
-  if (!(shift - shift == T(0))) shift = 0;  // infinite: the sum is 0, +inf or NaN as it stands
+  if (shift == -lowest) return detail::infinite_sum(n, x);
+  if (shift == lowest) shift = 0;  // the sum is 0, or NaN
 
   double total = 0;
   for (std::int64_t begin = 0; begin < n; begin += chunk) {

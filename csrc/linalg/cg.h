@@ -36,6 +36,7 @@ struct CgOptions {
   int64_t max_iterations;
   double epsilon;          // unit roundoff of the storage type
   int64_t history_length;  // residual norms kept per system; when full, every second one is dropped
+  bool watched;            // the monitor wants to see every iteration, not just now and then
 };
 
 // One system's scalars. All doubles: the array is the op's `info` output, (batch, cg_state_size) float64.
@@ -146,20 +147,20 @@ KANTOR_HD void cg_after_verify(CgState& s, const CgOptions& options, double rr, 
   s.finish(CgStatus::running);
 }
 
-// Returns a status that ends every running system (interrupted, stopped), or running to go on. Called between iterations with
-// the number of the iteration and the largest residual norm of the running systems.
+// Called between iterations with the number of the iteration and the largest residual norm. Returns running to go on, or the
+// status (interrupted, stopped) that ends every running system.
 using CgMonitor = std::function<CgStatus(int64_t iteration, double residual_norm)>;
 
 template <class Space>
 void conjugate_gradients(Space& space, const CgMonitor& monitor) {
   space.start();                      // r = b - A x, b.b, r.r
-  for (int64_t iteration = 1; space.any_running();) {
-    while (space.any_running()) {
+  int64_t iteration = 0;
+  while (space.any_running()) {
+    do {
       space.precondition();           // z = M r, r.z                             -> beta
       space.direction_and_apply();    // p = z + beta p, q = A p, p.q             -> alpha, or negative curvature
       space.update();                 // x += alpha p, r -= alpha q, r.r          -> converged?
-      space.monitor(iteration++, monitor);
-    }
+    } while (space.proceed(++iteration, monitor));
     space.verify();                   // r = b - A x of the systems that stopped; those that drifted run again
   }
 }

@@ -114,14 +114,15 @@ class CpuSpace {
     for (int64_t k = 0; k < v_.batch; ++k) cg_after_update(v_.states[k], options_, total(0, k), history(k));
   }
 
-  void monitor(int64_t iteration, const CgMonitor& monitor) {
-    if (!monitor) return;
+  // Whether any system still runs, after the monitor had its say.
+  bool proceed(int64_t iteration, const CgMonitor& monitor) {
     double largest = 0;
     for (int64_t k = 0; k < v_.batch; ++k) largest = std::fmax(largest, v_.states[k].rr);
     const CgStatus status = monitor(iteration, std::sqrt(largest));
-    if (status == CgStatus::running) return;
-    for (int64_t k = 0; k < v_.batch; ++k)
-      if (running(k)) v_.states[k].finish(status);
+    if (status != CgStatus::running)
+      for (int64_t k = 0; k < v_.batch; ++k)
+        if (running(k)) v_.states[k].finish(status);
+    return any_running();
   }
 
   void verify() {

@@ -31,7 +31,7 @@ struct Dense {
 // Rows are sorted by column; `halo` is the bandwidth max |i - j| (used only to order the work, see cg_cpu.cpp).
 template <class T, class Index>
 struct Csr {
-  int64_t rows, cols, halo;
+  int64_t rows, cols, nnz, halo;
   const Index* crow;
   const Index* col;
   const T* values;

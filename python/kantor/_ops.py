@@ -45,6 +45,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import VmapInfo
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -257,7 +258,9 @@ def declare(
         library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
     library.impl(name, autograd_kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
     torch.library.register_fake(signature.op, fake, lib=library)
-    torch.library.register_vmap(signature.op, vmap or _vmap_rule(op, signature.names, batched), lib=library)
+    vmap = vmap or _vmap_rule(op, signature.names, batched)
+    torch.library.register_vmap(signature.op, vmap, lib=library)
+    library.impl(name, _old_vmap_kernel(vmap, signature), "Batched")  # type: ignore[no-untyped-call]
     return op
 
 
@@ -347,6 +350,41 @@ def _vmap_rule(op: Rule, names: Sequence[str], batched: Sequence[str]) -> Rule:
         return op(*moved), 0
 
     return rule
+
+
+def _old_vmap_kernel(rule: Rule, signature: _Signature) -> Rule:
+    """Make the kernel for torch's first vmap, which still serves ``is_grads_batched`` and ``vectorize=True``.
+
+    Its own fallback knows no ``Tensor[]``. Removing a level from a tensor that lacks it adds a dimension of any size.
+    """
+
+    def in_dim(tensor: Tensor | None, level: int) -> int | None:
+        if tensor is None or not torch._C._functorch.is_legacy_batchedtensor(tensor):
+            return None
+        sizes = {torch._remove_batch_dim(tensor, level, size, 0).shape[0] for size in (1, 2)}
+        return 0 if len(sizes) == 1 else None
+
+    def batched(result: Tensor, dim: int | None, level: int) -> Tensor:
+        return result if dim is None else torch._add_batch_dim(result, dim, level)
+
+    def kernel(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        plain, tensors = signature.split(args)
+        dims = [in_dim(tensor, level) for tensor in tensors]
+        while _is_unbatched(dims):  # the arguments are batched at outer levels only
+            level -= 1
+            dims = [in_dim(tensor, level) for tensor in tensors]
+        pairs = zip(tensors, dims, strict=True)
+        bare = [t if dim is None else torch._remove_batch_dim(t, level, 0, dim) for t, dim in pairs]
+        info = VmapInfo(next(t.shape[0] for t, dim in zip(bare, dims, strict=True) if dim == 0), "error")
+        results, out = rule(info, signature.join(plain, dims, values=False), *signature.join(plain, bare))
+        if isinstance(results, Tensor):
+            return batched(results, out, level)
+        outs = out if isinstance(out, tuple) else (out,) * len(results)
+        return tuple(batched(result, dim, level) for result, dim in zip(results, outs, strict=True))
+
+    return kernel
 
 
 def _is_unbatched(dim: Any) -> bool:

@@ -101,11 +101,10 @@ def plot_convergence(
         ax.axhline(tolerance, color="0.5", linewidth=1.0, linestyle=":")
         ax.annotate(
             "tolerance",
-            xy=(1.0, tolerance),
+            xy=(0.0, tolerance),
             xycoords=("axes fraction", "data"),
-            xytext=(-3, 3),
+            xytext=(4, 3),
             textcoords="offset points",
-            ha="right",
             color="0.45",
             fontsize="small",
         )

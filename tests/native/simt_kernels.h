@@ -1,5 +1,5 @@
-// Kernels that exercise every construct of core/simt.h, and kernels with planted bugs. Compiled by g++ for the emulator's
-// tests (test_simt.cpp, plant_oob.cpp) and by nvcc to show that the same text is CUDA (simt_kernels.cu).
+// Kernels that exercise every construct of core/simt.h, and kernels with planted bugs. Compiled by g++ for the
+// emulator's tests (test_simt.cpp, plant_oob.cpp) and by nvcc to show that the same text is CUDA (simt_kernels.cu).
 #pragma once
 #include "core/simt.h"
 
@@ -11,7 +11,7 @@ struct Coordinates {
   unsigned thread[3], block[3], rank, lane, warp;
 };
 
-inline __global__ void record_coordinates(Coordinates* out) {
+__global__ void record_coordinates(Coordinates* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   out[block * simt::block_size() + simt::thread_rank()] = {{threadIdx.x, threadIdx.y, threadIdx.z},
                                                            {blockIdx.x, blockIdx.y, blockIdx.z},
@@ -20,11 +20,11 @@ inline __global__ void record_coordinates(Coordinates* out) {
                                                            simt::warp_index()};
 }
 
-inline __global__ void count_visits(std::int64_t n, int* visits) {
+__global__ void count_visits(std::int64_t n, int* visits) {
   simt::grid_stride(n, [&](std::int64_t i) { ++visits[i]; });
 }
 
-inline __global__ void record_global_index(std::int64_t n, std::int64_t* out) {
+__global__ void record_global_index(std::int64_t n, std::int64_t* out) {
   const std::int64_t i = simt::global_thread_index();
   if (i < n) out[i] = i;
 }
@@ -43,7 +43,7 @@ __global__ void shuffle_values(const T* in, T* out, int amount, int width) {
 }
 
 // Even and odd lanes each among themselves: `mask` differs from lane to lane.
-inline __global__ void vote_by_parity(const int* predicate, unsigned* ballot, int* any, int* all) {
+__global__ void vote_by_parity(const int* predicate, unsigned* ballot, int* any, int* all) {
   const unsigned i = threadIdx.x;
   const unsigned mask = i % 2 == 0 ? 0x55555555u : 0xaaaaaaaau;
   ballot[i] = __ballot_sync(mask, predicate[i]);
@@ -52,7 +52,7 @@ inline __global__ void vote_by_parity(const int* predicate, unsigned* ballot, in
 }
 
 // Each lane of a warp reads what its neighbour wrote; no barrier of the block.
-inline __global__ void rotate_in_warp(const int* in, int* out) {
+__global__ void rotate_in_warp(const int* in, int* out) {
   SIMT_SHARED(int, values, 1024);
   const unsigned i = threadIdx.x, warp_start = i / 32 * 32;
   values[i] = in[i];
@@ -61,7 +61,7 @@ inline __global__ void rotate_in_warp(const int* in, int* out) {
 }
 
 // Lanes that returned take no part: 8 lanes vote with the mask of the whole warp.
-inline __global__ void vote_after_return(unsigned* ballot) {
+__global__ void vote_after_return(unsigned* ballot) {
   if (threadIdx.x % 32 >= 8) return;
   ballot[threadIdx.x] = __ballot_sync(simt::full_warp, 1);
 }
@@ -71,7 +71,7 @@ inline __global__ void vote_after_return(unsigned* ballot) {
 template <class T>
 __global__ void transpose_tiles(int rows, int columns, const T* in, T* out) {
   constexpr int tile = 16;
-  SIMT_SHARED(T, values, tile*(tile + 1));
+  SIMT_SHARED(T, values, tile * (tile + 1));
   const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
   const int column = static_cast<int>(blockIdx.x) * tile + x, row = static_cast<int>(blockIdx.y) * tile + y;
   if (row < rows && column < columns) values[y * (tile + 1) + x] = in[row * columns + column];
@@ -90,7 +90,7 @@ __global__ void reverse_blocks(const T* in, T* out) {
 }
 
 // What is in shared memory before anyone wrote to it.
-inline __global__ void read_fresh_shared(double* static_value, unsigned* dynamic_value) {
+__global__ void read_fresh_shared(double* static_value, unsigned* dynamic_value) {
   SIMT_SHARED(double, values, 4);
   SIMT_DYNAMIC_SHARED(unsigned, words);
   static_value[blockIdx.x] = values[3];
@@ -110,7 +110,7 @@ struct Tallies {
   double double_sum, double_by_cas;
 };
 
-inline __global__ void tally(int n, const int* values, Tallies* t) {
+__global__ void tally(int n, const int* values, Tallies* t) {
   simt::grid_stride(n, [&](std::int64_t i) {
     const int v = __ldg(values + i);
     atomicAdd(&t->sum, v);
@@ -135,11 +135,11 @@ inline __global__ void tally(int n, const int* values, Tallies* t) {
 }
 
 // Threads hand a token on: each stores its number and passes on the number it found.
-inline __global__ void pass_token(int* slot, int* found) {
+__global__ void pass_token(int* slot, int* found) {
   found[simt::global_thread_index()] = atomicExch(slot, static_cast<int>(simt::global_thread_index()));
 }
 
-inline __global__ void count_bits(int n, const unsigned* words, int* ones, int* first, int* leading) {
+__global__ void count_bits(int n, const unsigned* words, int* ones, int* first, int* leading) {
   simt::grid_stride(n, [&](std::int64_t i) {
     ones[i] = __popc(words[i]);
     first[i] = __ffs(static_cast<int>(words[i]));
@@ -147,7 +147,7 @@ inline __global__ void count_bits(int n, const unsigned* words, int* ones, int* 
   });
 }
 
-inline __global__ void add_pairs(int n, const double2* a, const float4* b, double* sums) {
+__global__ void add_pairs(int n, const double2* a, const float4* b, double* sums) {
   simt::grid_stride(n, [&](std::int64_t i) {
     const double2 p = a[i];
     const float4 q = b[i];
@@ -157,8 +157,8 @@ inline __global__ void add_pairs(int n, const double2* a, const float4* b, doubl
 
 // --- reductions ---
 
-// Rows of `out`: warp_sum, warp_max, block_sum, block_max, one value per thread. The block reductions twice in a row, as
-// an algorithm uses them.
+// Rows of `out`: warp_sum, warp_max, block_sum, block_max, one value per thread. The block reductions twice in a row,
+// as an algorithm uses them.
 template <class T>
 __global__ void reduce_values(const T* in, T* out) {
   const unsigned i = threadIdx.x, n = blockDim.x;
@@ -218,12 +218,12 @@ __global__ void log_sum_exp_rows(int n, const T* a, T* out) {
 
 // --- planted bugs ---
 
-inline __global__ void plant_partial_barrier(int* out) {
+__global__ void plant_partial_barrier(int* out) {
   if (threadIdx.x < 16) __syncthreads();
   out[threadIdx.x] = 1;
 }
 
-inline __global__ void plant_two_barriers(int* out) {
+__global__ void plant_two_barriers(int* out) {
   if (threadIdx.x < 16) {
     out[threadIdx.x] = 1;
     __syncthreads();
@@ -233,7 +233,7 @@ inline __global__ void plant_two_barriers(int* out) {
   }
 }
 
-inline __global__ void plant_barrier_against_shuffle(int* out) {
+__global__ void plant_barrier_against_shuffle(int* out) {
   if (threadIdx.x < 16) {
     __syncthreads();
   } else {
@@ -242,29 +242,29 @@ inline __global__ void plant_barrier_against_shuffle(int* out) {
 }
 
 // The barrier between writing and reading shared memory is missing.
-inline __global__ void plant_race(const double* in, double* out) {
+__global__ void plant_race(const double* in, double* out) {
   SIMT_SHARED(double, values, 64);
   values[threadIdx.x] = in[threadIdx.x];
   out[threadIdx.x] = values[63 - threadIdx.x];
 }
 
 // Block b relies on block b-1 having run.
-inline __global__ void plant_block_order(int* chain) {
+__global__ void plant_block_order(int* chain) {
   if (threadIdx.x == 0) chain[blockIdx.x + 1] = chain[blockIdx.x] + 1;
 }
 
-inline __global__ void plant_shuffle_from_returned(int* out) {
+__global__ void plant_shuffle_from_returned(int* out) {
   if (threadIdx.x == 5) return;
   out[threadIdx.x] = __shfl_xor_sync(simt::full_warp, 1, 1);
 }
 
-inline __global__ void plant_shuffle_outside_mask(int* out) {
+__global__ void plant_shuffle_outside_mask(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 16);
 }
 
-inline __global__ void plant_missing_from_mask(int* out) { out[threadIdx.x] = __shfl_sync(0xffffu, 1, 0); }
+__global__ void plant_missing_from_mask(int* out) { out[threadIdx.x] = __shfl_sync(0xffffu, 1, 0); }
 
-inline __global__ void plant_bad_width(int* out) { out[threadIdx.x] = __shfl_sync(simt::full_warp, 1, 0, 24); }
+__global__ void plant_bad_width(int* out) { out[threadIdx.x] = __shfl_sync(simt::full_warp, 1, 0, 24); }
 
 template <class T>
 __global__ void plant_global_overrun(std::int64_t n, T* x) {
@@ -272,7 +272,7 @@ __global__ void plant_global_overrun(std::int64_t n, T* x) {
   if (i <= n) x[i] = 1;
 }
 
-inline __global__ void plant_static_overrun(unsigned* out, unsigned excess) {
+__global__ void plant_static_overrun(unsigned* out, unsigned excess) {
   SIMT_SHARED(unsigned, values, 32);
   unsigned* const start = values;
   start[threadIdx.x + excess] = threadIdx.x;
@@ -280,16 +280,10 @@ inline __global__ void plant_static_overrun(unsigned* out, unsigned excess) {
   out[threadIdx.x] = values[threadIdx.x];
 }
 
-inline __global__ void plant_dynamic_overrun(unsigned* out, unsigned excess) {
+__global__ void plant_dynamic_overrun(unsigned* out, unsigned excess) {
   SIMT_DYNAMIC_SHARED(unsigned, values);
   values[threadIdx.x + excess] = threadIdx.x;
   __syncthreads();
-  out[threadIdx.x] = values[threadIdx.x];
-}
-
-inline __global__ void plant_much_static_shared(double* out) {
-  SIMT_SHARED(double, values, 6145);
-  values[threadIdx.x] = 1;
   out[threadIdx.x] = values[threadIdx.x];
 }
 

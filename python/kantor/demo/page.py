@@ -237,7 +237,7 @@ body {
   margin: 0; padding: 0 1.1rem 3rem; background: var(--ground); color: var(--ink);
   font-family: Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif; line-height: 1.55;
 }
-main, footer { max-width: 60rem; margin-inline: auto; }
+main, footer { max-width: 56rem; margin-inline: auto; }
 h1, h2, h3 { line-height: 1.2; text-wrap: balance; max-width: 44rem; }
 h1 { font-size: clamp(1.8rem, 5vw, 2.6rem); margin: 2.6rem 0 0.8rem; letter-spacing: -0.01em; }
 h2 { font-size: 1.45rem; margin: 2.6rem 0 0.6rem; }
@@ -252,7 +252,8 @@ code, pre { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu
 code { font-size: 0.88em; }
 pre { background: var(--panel); padding: 0.8rem 1rem; border-radius: 6px; overflow-x: auto; max-width: 44rem; }
 pre code { font-size: 0.85rem; }
-.equation { text-align: center; font-size: 1.1rem; margin: 1.2rem 0; overflow-wrap: anywhere; }
+sub { line-height: 0; }
+.equation { display: block; text-align: center; font-size: 1.1rem; margin: 1.2rem 0; overflow-wrap: anywhere; }
 figure { margin: 0; }
 figure.gallery, figure.single { margin: 1.4rem 0 1.8rem; }
 figure.gallery > div { display: grid; gap: 1rem; }
@@ -266,8 +267,10 @@ table { border-collapse: collapse; font-size: 0.9rem; min-width: 100%; }
 caption { text-align: left; font-weight: bold; padding-bottom: 0.5rem; }
 th, td { text-align: left; padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; }
-tbody th { font-weight: normal; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tbody th { font-weight: normal; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { padding-right: 1.1rem; }
+th:last-child, td:last-child { padding-right: 0; }
 .note { font-size: 0.86rem; color: var(--soft); }
 .checks { list-style: none; padding: 0.8rem 1rem; background: var(--panel); border-radius: 6px; font-size: 0.92rem; }
 .checks .passed span, .checks .passed strong { color: var(--good); }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from kantor.demo.page import Picture
 
 if TYPE_CHECKING:
@@ -27,16 +29,21 @@ def load_photographs(scale: int = 1) -> dict[str, Image]:
     """
     try:
         import skimage.data
-        from sklearn.datasets import load_sample_image
+        from PIL import Image as Pillow
     except ImportError as error:
         raise ImportError(f'the demo needs {error.name}: pip install "kantor[demo]"') from error
+    # The file is found without importing scikit-learn, which would take longer than the small demo's solves.
+    sklearn = find_spec("sklearn")
+    if sklearn is None or sklearn.origin is None:
+        raise ImportError('the demo needs scikit-learn: pip install "kantor[demo]"')
+    lake = Path(sklearn.origin).parent / "datasets" / "images" / "china.jpg"
     photographs = {
         "cat": skimage.data.chelsea(),
         "astronaut": skimage.data.astronaut(),
         "launch": skimage.data.rocket(),
         "galaxies": skimage.data.hubble_deep_field(),
         "coffee": skimage.data.coffee(),
-        "lake": load_sample_image("china.jpg"),
+        "lake": np.asarray(Pillow.open(lake)),
     }
     return {name: shrink(np.asarray(pixels, dtype=np.float64) / 255, scale) for name, pixels in photographs.items()}
 

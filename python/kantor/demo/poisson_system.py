@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kantor.linalg import CSR, Stencil
+
 if TYPE_CHECKING:
-    from kantor.demo.pictures import Image, Mask
-    from kantor.linalg import CSR, LinearOperator
     from numpy.typing import NDArray
+
+    from kantor.demo.pictures import Image, Mask
+    from kantor.linalg import LinearOperator
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,6 @@ def region_system(mask: Mask) -> RegionSystem:
     ValueError
         The region is empty, or covers the whole picture and so has no rim to take values from.
     """
-    from kantor.linalg import CSR
-
     n = int(mask.sum())
     if n == 0 or n == mask.size:
         raise ValueError(f"region_system: mask must select some but not all pixels, got {n} of {mask.size}")
@@ -116,8 +117,6 @@ def tileable(texture: Image) -> tuple[LinearOperator, torch.Tensor, Image]:
     tuple
         The operator, the right-hand side (3, height - 2, width - 2), and the texture with the new edges.
     """
-    from kantor.linalg import Stencil
-
     framed = texture.copy()
     framed[0] = framed[-1] = (texture[0] + texture[-1]) / 2
     framed[:, 0] = framed[:, -1] = (texture[:, 0] + texture[:, -1]) / 2

@@ -1,0 +1,423 @@
+// The vector passes of conjugate gradients on CUDA. Nothing waits for the device between two polls: the scalars of every
+// system live there, the last block of a reduction runs the recurrence of cg.h, and a finished system's blocks leave at once.
+// Words of memory traffic per unknown and iteration, beside the operator's own:
+//   direction   read z, p, write p                       (z = r without, d r with a diagonal preconditioner)
+//   apply       read p (its neighbours from cache), write q; p.q and q.q from registers
+//   update      read x, r, p, q, write x, r; r.r and, for a diagonal preconditioner, r.z from registers
+// 11 in all; sums of operators read and write q once more per term.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "linalg/cg.h"
+#include "linalg/operator_kernels.h"
+
+namespace kantor {
+namespace {
+
+constexpr int64_t poll_every = 8;
+constexpr int64_t most_block_sums = 8192;  // 8 blocks for each multiprocessor of any GPU
+
+// Device memory for reductions: one ticket a system, `sums` partial results a block.
+struct Reduction {
+  unsigned* tickets;
+  double* partials;
+  int64_t batch;
+
+  __device__ __forceinline__ double* partial(int which, int64_t k) const {
+    return partials + (which * batch + k) * gridDim.x;
+  }
+};
+
+struct Shared {
+  CgState* states;
+  double* history;
+  CgOptions options;
+  Reduction reduction;
+
+  __device__ __forceinline__ double* history_of(int64_t k) const { return history + k * options.history_length; }
+};
+
+// Sums values[] over the blocks of system k; then one thread calls finish(totals). The last value is a maximum if asked.
+template <int count, bool last_is_maximum = false, class Finish>
+__device__ __forceinline__ void reduce(const Reduction& reduction, int64_t k, double (&values)[count], Finish&& finish) {
+  for (int c = 0; c < count; ++c) {
+    const bool maximum = last_is_maximum && c == count - 1;
+    values[c] = maximum ? simt::block_max(values[c]) : simt::block_sum(values[c]);
+    if (threadIdx.x == 0) reduction.partial(c, k)[blockIdx.x] = values[c];
+  }
+  if (!simt::is_last_block(&reduction.tickets[k], gridDim.x)) return;
+  for (int c = 0; c < count; ++c) {
+    const bool maximum = last_is_maximum && c == count - 1;
+    double value = 0;
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
+      const double other = reduction.partial(c, k)[i];
+      value = !maximum ? value + other : (other > value || other != other) ? other : value;
+    }
+    values[c] = maximum ? simt::block_max(value) : simt::block_sum(value);
+  }
+  if (threadIdx.x == 0) finish(values);
+}
+
+struct AcceptRunning {
+  const CgState* states;
+  __device__ __forceinline__ bool operator()(int64_t k) const { return states[k].running(); }
+};
+
+// --- precondition: r.z ---
+
+template <class T>
+__global__ void residual_product_kernel(Shared shared, int64_t n, const T* r, const T* z) {
+  const int64_t k = blockIdx.y;
+  if (!shared.states[k].running()) return;
+  double sums[1] = {0};
+  simt::grid_stride(n, [&](int64_t i) { sums[0] += double(r[k * n + i]) * double(z[k * n + i]); });
+  reduce(shared.reduction, k, sums, [&](double(&total)[1]) { cg_after_precondition(shared.states[k], total[0]); });
+}
+
+// z_i = (right_i - sum of the row's other entries) / its diagonal, for the rows of one level.
+template <class T, bool upper>
+__global__ void triangular_level_kernel(const CgState* states, TriangularFactor<T> L, int32_t first, int32_t count, int64_t n,
+                                        const T* right, T* z) {
+  const int64_t k = blockIdx.y;
+  if (states && !states[k].running()) return;
+  right += k * n;
+  z += k * n;
+  simt::grid_stride(count, [&](int64_t index) {
+    const int32_t i = L.level_rows[first + index];
+    const int32_t begin = L.crow[i] + upper, end = L.crow[i + 1] - !upper;
+    double sum = right[i];
+    for (int32_t entry = begin; entry < end; ++entry) sum -= double(L.values[entry]) * double(z[L.col[entry]]);
+    z[i] = static_cast<T>(sum / double(L.values[upper ? begin - 1 : end]));
+  });
+}
+
+template <class T>
+std::vector<int32_t> host_levels(const Exec& exec, const TriangularFactor<T>& L) {
+  std::vector<int32_t> pointers(static_cast<size_t>(L.levels + 1));
+  simt::copy_to_host(pointers.data(), L.level_pointers, pointers.size() * sizeof(int32_t), exec.stream);
+  return pointers;
+}
+
+template <class T, bool upper>
+void launch_triangular(const Exec& exec, const CgState* states, const TriangularFactor<T>& L,
+                       const std::vector<int32_t>& levels, int64_t batch, int64_t n, const T* right, T* z) {
+  for (int64_t level = 0; level < L.levels; ++level) {
+    const int32_t first = levels[static_cast<size_t>(level)], count = levels[static_cast<size_t>(level + 1)] - first;
+    const dim3 grid(simt::blocks_for(count, threads_per_block), static_cast<unsigned>(batch));
+    SIMT_LAUNCH((triangular_level_kernel<T, upper>), grid, threads_per_block, 0, exec.stream, states, L, first, count, n,
+                right, z);
+  }
+}
+
+// --- direction: p = z + beta p ---
+
+template <class T, bool scaled>
+__global__ void direction_kernel(const CgState* states, int64_t n, const T* d, const T* z, T* p) {
+  const int64_t k = blockIdx.y;
+  if (!states[k].running()) return;
+  const T beta = static_cast<T>(states[k].beta);
+  z += k * n;
+  p += k * n;
+  simt::grid_stride(n, [&](int64_t i) {
+    const T step = scaled ? d[i] * z[i] : z[i];
+    p[i] = beta == 0 ? step : step + beta * p[i];  // p may be uninitialised in the first iteration
+  });
+}
+
+// --- apply: q = A p, then p.q and q.q ---
+
+template <class T>
+struct Products {
+  Shared shared;
+  const T* p;
+  int64_t n;
+  double sums[2];
+
+  __device__ __forceinline__ void row(int64_t k, int64_t i, T q) {
+    sums[0] += double(p[k * n + i]) * double(q);
+    sums[1] += double(q) * double(q);
+  }
+  __device__ __forceinline__ void done(int64_t k) {
+    reduce(shared.reduction, k, sums,
+           [&](double(&total)[2]) { cg_after_apply(shared.states[k], shared.options, total[0], total[1]); });
+  }
+};
+
+template <class T>
+__global__ void products_kernel(Products<T> products, const T* q) {
+  const int64_t k = blockIdx.y, n = products.n;
+  if (!products.shared.states[k].running()) return;
+  simt::grid_stride(n, [&](int64_t i) { products.row(k, i, q[k * n + i]); });
+  products.done(k);
+}
+
+// --- update: x += alpha p, r -= alpha q, r.r; and r.z where z is r or d r ---
+
+enum class Scaling { stored, identity, diagonal };
+
+template <class T, Scaling scaling>
+__global__ void update_kernel(Shared shared, int64_t n, const T* d, const T* p, const T* q, T* x, T* r) {
+  const int64_t k = blockIdx.y;
+  if (!shared.states[k].running()) return;
+  const T alpha = static_cast<T>(shared.states[k].alpha);
+  double sums[2] = {0, 0};
+  simt::grid_stride(n, [&](int64_t i) {
+    const int64_t at = k * n + i;
+    x[at] += alpha * p[at];
+    const T residual = r[at] - alpha * q[at];
+    r[at] = residual;
+    sums[0] += double(residual) * double(residual);
+    if constexpr (scaling == Scaling::diagonal) sums[1] += double(d[i]) * double(residual) * double(residual);
+  });
+  reduce(shared.reduction, k, sums, [&](double(&total)[2]) {
+    CgState& s = shared.states[k];
+    cg_after_update(s, shared.options, total[0], shared.history_of(k));
+    if constexpr (scaling == Scaling::identity) cg_after_precondition(s, total[0]);
+    if constexpr (scaling == Scaling::diagonal) cg_after_precondition(s, total[1]);
+  });
+}
+
+// --- start and verify: r = b - A x in double ---
+
+// One of the forms of a sum, as a kernel argument.
+template <class T>
+struct DeviceTerm {
+  OperatorKind kind;
+  bool wide;  // 64-bit indices
+  double scale;
+  union {
+    Dense<T> dense;
+    Csr<T, int32_t> csr;
+    Csr<T, int64_t> wide_csr;
+    Stencil<T> stencil;
+    FaceStencil<T> faces;
+    Diagonal<T> diagonal;
+  };
+};
+
+template <class T>
+struct DeviceTerms {
+  static constexpr int most = 8;
+  int count = 0;
+  DeviceTerm<T> terms[most];
+};
+
+template <class T>
+DeviceTerm<T> device_term(const OperatorTerm<T>& term) {
+  DeviceTerm<T> out{};
+  out.scale = term.scale;
+  if (const auto* dense = std::get_if<Dense<T>>(&term.form)) out.kind = OperatorKind::dense, out.dense = *dense;
+  if (const auto* csr = std::get_if<Csr<T, int32_t>>(&term.form)) out.kind = OperatorKind::csr, out.csr = *csr;
+  if (const auto* csr = std::get_if<Csr<T, int64_t>>(&term.form))
+    out.kind = OperatorKind::csr, out.wide = true, out.wide_csr = *csr;
+  if (const auto* stencil = std::get_if<Stencil<T>>(&term.form)) out.kind = OperatorKind::stencil, out.stencil = *stencil;
+  if (const auto* faces = std::get_if<FaceStencil<T>>(&term.form)) out.kind = OperatorKind::faces, out.faces = *faces;
+  if (const auto* d = std::get_if<Diagonal<T>>(&term.form)) out.kind = OperatorKind::diagonal, out.diagonal = *d;
+  return out;
+}
+
+template <class T>
+__device__ __forceinline__ double row_product(const DeviceTerm<T>& term, const T* x, int64_t i) {
+  switch (term.kind) {
+    case OperatorKind::dense: return row_product<double>(term.dense, x, i);
+    case OperatorKind::csr: return term.wide ? row_product<double>(term.wide_csr, x, i) : row_product<double>(term.csr, x, i);
+    case OperatorKind::stencil: return row_product<double>(term.stencil, x, i);
+    case OperatorKind::faces: return row_product<double>(term.faces, x, i);
+    default: return row_product<double>(term.diagonal, x, i);
+  }
+}
+
+enum class Moment { start, verify };
+
+// r = from - (terms) x, or from - product when the operator is a callback. The last launch of a residual reduces.
+template <class T, Moment moment, Scaling scaling>
+__global__ void residual_kernel(Shared shared, int64_t n, DeviceTerms<T> A, const T* product, const T* x, const T* b,
+                                const T* from, const T* p, const T* d, T* r, bool last) {
+  const int64_t k = blockIdx.y;
+  const CgState& state = shared.states[k];
+  if (moment == Moment::verify && (state.running() || state.verified != 0)) return;
+  double sums[4] = {0, 0, 0, 0};  // r.r, r.z, and b.b or p.p, max |b|
+  const int64_t first = k * n;
+  simt::grid_stride(n, [&](int64_t i) {
+    double value = from[first + i];
+    if (product) value -= double(product[first + i]);
+    for (int t = 0; t < A.count; ++t) value -= A.terms[t].scale * row_product(A.terms[t], x + first, i);
+    r[first + i] = static_cast<T>(value);
+    if (!last) return;
+    sums[0] += value * value;
+    if constexpr (scaling == Scaling::diagonal) sums[1] += double(d[i]) * value * value;
+    const double other = moment == Moment::start ? b[first + i] : p[first + i];
+    sums[2] += other * other;
+    const double size = other < 0 ? -other : other;
+    if (size > sums[3] || size != size) sums[3] = size;
+  });
+  if (!last) return;
+  reduce<4, true>(shared.reduction, k, sums, [&](double(&total)[4]) {
+    CgState& s = shared.states[k];
+    if (moment == Moment::start) {
+      cg_start(s, shared.options, total[2], total[3], total[0], shared.history_of(k));
+    } else {
+      cg_after_verify(s, shared.options, total[0], total[2]);
+      s.verified = s.running() ? 0 : 1;
+    }
+    if constexpr (scaling == Scaling::identity) cg_after_precondition(s, total[0]);
+    if constexpr (scaling == Scaling::diagonal) cg_after_precondition(s, total[1]);
+  });
+}
+
+template <class T>
+class CudaSpace {
+ public:
+  CudaSpace(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
+            const CgVectors<T>& v, const CgOptions& options)
+      : exec_(exec), A_(A), apply_(apply), M_(M), v_(v), host_(static_cast<size_t>(v.batch)) {
+    blocks_ = std::max(1u, blocks_per_vector(exec, v.n, v.batch));
+    grid_ = dim3(blocks_, static_cast<unsigned>(v.batch));
+    auto* tickets = static_cast<unsigned*>(v.workspace);
+    simt::memset_async(tickets, 0, static_cast<size_t>(v.batch) * sizeof(unsigned), exec.stream);
+    shared_ = {v.states, v.history, options, {tickets, reinterpret_cast<double*>(tickets + (v.batch + 1) / 2 * 2), v.batch}};
+    if (const auto* diagonal = std::get_if<Diagonal<T>>(&M)) scaling_ = Scaling::diagonal, d_ = diagonal->values;
+    if (std::holds_alternative<std::monostate>(M)) scaling_ = Scaling::identity;
+    if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) {
+      lower_levels_ = host_levels(exec, factor->lower);
+      upper_levels_ = host_levels(exec, factor->upper);
+    }
+  }
+
+  bool any_running() {
+    simt::copy_to_host(host_.data(), v_.states, host_.size() * sizeof(CgState), exec_.stream);
+    return std::any_of(host_.begin(), host_.end(), [](const CgState& s) { return s.running(); });
+  }
+
+  void start() { residual<Moment::start>(!v_.zero_start); }
+
+  void precondition() {
+    if (scaling_ != Scaling::stored) return;  // r.z came with the update
+    if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M_)) {
+      launch_triangular<T, false>(exec_, v_.states, factor->lower, lower_levels_, v_.batch, v_.n, v_.r, v_.z);
+      launch_triangular<T, true>(exec_, v_.states, factor->upper, upper_levels_, v_.batch, v_.n, v_.z, v_.z);
+    } else if (const auto* callback = std::get_if<Callback>(&M_)) {
+      (*callback)();
+    } else {
+      launch_apply(exec_, std::get<Operator<T>>(M_), v_.batch, blocks_, v_.r, v_.z, AcceptRunning{v_.states}, ConsumeNothing{});
+    }
+    SIMT_LAUNCH((residual_product_kernel<T>), grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, v_.r, v_.z);
+  }
+
+  void direction_and_apply() {
+    if (scaling_ == Scaling::diagonal)
+      SIMT_LAUNCH((direction_kernel<T, true>), grid_, threads_per_block, 0, exec_.stream, v_.states, v_.n, d_, v_.r, v_.p);
+    else
+      SIMT_LAUNCH((direction_kernel<T, false>), grid_, threads_per_block, 0, exec_.stream, v_.states, v_.n, d_, v_.z, v_.p);
+    const Products<T> products{shared_, v_.p, v_.n, {0, 0}};
+    if (A_) {
+      launch_apply(exec_, *A_, v_.batch, blocks_, v_.p, v_.q, AcceptRunning{v_.states}, products);
+    } else {
+      apply_(false);
+      SIMT_LAUNCH((products_kernel<T>), grid_, threads_per_block, 0, exec_.stream, products, v_.q);
+    }
+  }
+
+  void update() {
+    const auto launch = [&](auto kernel) {
+      SIMT_LAUNCH(kernel, grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, d_, v_.p, v_.q, v_.x, v_.r);
+    };
+    if (scaling_ == Scaling::identity) launch(&update_kernel<T, Scaling::identity>);
+    if (scaling_ == Scaling::diagonal) launch(&update_kernel<T, Scaling::diagonal>);
+    if (scaling_ == Scaling::stored) launch(&update_kernel<T, Scaling::stored>);
+  }
+
+  // Looks at the device every few iterations only; between two looks finished systems are latched and cost next to nothing.
+  bool proceed(int64_t iteration, const CgMonitor& monitor) {
+    if (!shared_.options.watched && iteration % poll_every != 0) return true;
+    const bool running = any_running();
+    double largest = 0;
+    for (const CgState& s : host_) largest = std::fmax(largest, s.rr);
+    const CgStatus status = monitor(iteration, std::sqrt(largest));
+    if (status == CgStatus::running) return running;
+    for (CgState& s : host_)
+      if (s.running()) s.finish(status);
+    simt::copy_to_device(v_.states, host_.data(), host_.size() * sizeof(CgState), exec_.stream);
+    return false;
+  }
+
+  void verify() { residual<Moment::verify>(true); }
+
+ private:
+  // r = b - A x; the product is left out when x is zero.
+  template <Moment moment>
+  void residual(bool with_product) {
+    std::vector<DeviceTerms<T>> groups(1);
+    if (with_product && A_)
+      for (const OperatorTerm<T>& term : A_->terms) {
+        if (groups.back().count == DeviceTerms<T>::most) groups.emplace_back();
+        groups.back().terms[groups.back().count++] = device_term(term);
+      }
+    const T* product = nullptr;
+    if (with_product && !A_) apply_(true), product = v_.q;
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const bool last = g + 1 == groups.size();
+      const T* from = g == 0 ? v_.b : v_.r;
+      const auto launch = [&](auto kernel) {
+        SIMT_LAUNCH(kernel, grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, groups[g], product, v_.x, v_.b, from,
+                    v_.p, d_, v_.r, last);
+      };
+      if (scaling_ == Scaling::identity) launch(&residual_kernel<T, moment, Scaling::identity>);
+      if (scaling_ == Scaling::diagonal) launch(&residual_kernel<T, moment, Scaling::diagonal>);
+      if (scaling_ == Scaling::stored) launch(&residual_kernel<T, moment, Scaling::stored>);
+    }
+  }
+
+  Exec exec_;
+  const Operator<T>* A_;
+  const ApplyCallback& apply_;
+  const Preconditioner<T>& M_;
+  CgVectors<T> v_;
+  std::vector<CgState> host_;  // the states as last read
+  Shared shared_{};
+  unsigned blocks_ = 1;
+  dim3 grid_;
+  Scaling scaling_ = Scaling::stored;
+  const T* d_ = nullptr;
+  std::vector<int32_t> lower_levels_, upper_levels_;
+};
+
+}  // namespace
+
+int64_t cg_workspace_bytes(int64_t batch) {
+  return (batch + 2) * int64_t(sizeof(unsigned)) + 4 * (batch + most_block_sums) * int64_t(sizeof(double));
+}
+
+template <class T>
+void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
+             const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor) {
+  const simt::DeviceGuard guard(exec.device);
+  for_each_slice(v.batch, [&](int64_t first, int64_t count) {
+    CgVectors<T> slice = v;
+    slice.batch = count;
+    slice.b += first * v.n;
+    for (T** vector : {&slice.x, &slice.r, &slice.p, &slice.q, &slice.z}) *vector += first * v.n;
+    slice.states += first;
+    slice.history += first * options.history_length;
+    CudaSpace<T> space(exec, A, apply, M, slice, options);
+    conjugate_gradients(space, monitor);
+  });
+}
+
+template <class T>
+void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* z) {
+  const simt::DeviceGuard guard(exec.device);
+  launch_triangular<T, false>(exec, nullptr, M.lower, host_levels(exec, M.lower), 1, M.n, r, z);
+  launch_triangular<T, true>(exec, nullptr, M.upper, host_levels(exec, M.upper), 1, M.n, z, z);
+}
+
+#define KANTOR_INSTANTIATE(T)                                                                                  \
+  template void cg_cuda(const Exec&, const Operator<T>*, const ApplyCallback&, const Preconditioner<T>&,       \
+                        const CgVectors<T>&, const CgOptions&, const CgMonitor&);                                                      \
+  template void solve_incomplete_cholesky_cuda(const Exec&, const IncompleteCholesky<T>&, const T*, T*);
+KANTOR_INSTANTIATE(float)
+KANTOR_INSTANTIATE(double)
+#undef KANTOR_INSTANTIATE
+
+}  // namespace kantor
