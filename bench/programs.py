@@ -59,8 +59,13 @@ def build(name: str, compiler: str | None = None) -> Path:
 
 
 def find_or_build(name: str) -> Path:
-    """Path of the executable, compiled first if there is none."""
-    return find(name) or build(name)
+    """Path of the executable, compiled first if there is none or its sources are newer."""
+    program = find(name)
+    sources = [REPOSITORY / "bench" / "native" / f"{name}.cpp"]
+    if NEEDS[name][1]:
+        sources += [path for path in (REPOSITORY / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+    newest = max(path.stat().st_mtime for path in sources)
+    return program if program is not None and program.stat().st_mtime > newest else build(name)
 
 
 def run(program: Path, arguments: list[str], timeout: float = 300.0) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     python bench/run.py cg --sizes 64 128 256 --dtypes float64 float32 --threads 1 2 --peers all --repeats 3 -o results/
     python bench/run.py matrices            # the symmetric positive definite matrices that pyamg ships
-    python bench/run.py curvature           # what watching the curvature costs an iteration
+    python bench/run.py curvature           # what testing the curvature costs an iteration
     python bench/run.py overhead            # one call through the extension module, and `import kantor`
     python bench/run.py report results/cg.jsonl
 
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -86,6 +88,13 @@ def check_load() -> None:
         say(f"warning: load average {os.getloadavg()[0]:.2f} on {machine.cpus()} processors; timings will be noisy")
 
 
+@functools.cache
+def memory_copy(threads: int, device: str) -> float:
+    """Copy bandwidth beyond the caches, GB/s; measured once a run."""
+    size = roofline.DEVICE_BYTES if device == "cuda" else machine.working_sets(threads)["DRAM"]
+    return roofline.copy_bandwidth(threads, size, device).plain
+
+
 class Calibration:
     """Times the same copy before and after a group, as yardstick and as a check that the machine is quiet."""
 
@@ -112,6 +121,7 @@ class Calibration:
             "copy_spread": spread,
             "quiet": spread <= QUIET_SPREAD,
             "copy_source": self._copies[0].source,
+            "copy_dram_gbs": memory_copy(self._threads, self._device),
         }
 
 
@@ -124,33 +134,32 @@ def run_group(specs: list[Spec], plan: Plan, recorder: Recorder, pool: dict[str,
     failed: set[str] = set()
     done: set[tuple[str, str]] = set()
     facts: dict[str, dict[str, Any]] = {}
-    for repetition in range(plan.repeats):
-        for spec in specs:
-            if spec.peer in failed:
-                continue
-            if plan.left() < 1:
-                say(f"{label}: out of time, leaving out what is left")
-                break
-            identity = {"kind": "measurement", **asdict(spec), "repetition": repetition}
-            try:
-                worker = pool.get(spec.peer) or start(pool, spec)
-                if spec.peer not in facts:
-                    facts[spec.peer] = worker.prepare(spec, min(PREPARE_TIMEOUT, plan.left()))
-                for goal in plan.module.goals(spec, plan.goals):
-                    if goal == "solve" and repetition > 0 and (spec.peer, goal) in done and plan.module.slow(spec):
-                        continue  # one solve to the tolerance is enough where it takes long
-                    result = worker.measure(goal, min(plan.timeout, plan.left()))
-                    done.add((spec.peer, goal))
-                    recorder.add(identity | {"goal": goal} | facts[spec.peer] | result)
-                    say(f"{label} #{repetition + 1} {spec.peer:18s} {goal:10s} {describe(result)}")
-            except WorkerError as error:
-                failed.add(spec.peer)
-                recorder.add({**identity, "kind": "failure", "reason": str(error)})
-                say(f"{label} {spec.peer}: failed: {error}")
-                discard(pool, spec.peer)
-            if not keep:
-                discard(pool, spec.peer)
-                facts.pop(spec.peer, None)
+    for repetition, spec in itertools.product(range(plan.repeats), specs):
+        if spec.peer in failed:
+            continue
+        if plan.left() < 1:
+            say(f"{label}: out of time, leaving out what is left")
+            break
+        identity = {"kind": "measurement", **asdict(spec), "repetition": repetition}
+        try:
+            worker = pool.get(spec.peer) or start(pool, spec)
+            if spec.peer not in facts:
+                facts[spec.peer] = worker.prepare(spec, min(PREPARE_TIMEOUT, plan.left()))
+            for goal in plan.module.goals(spec, plan.goals):
+                if goal == "solve" and (spec.peer, goal) in done and plan.module.slow(spec):
+                    continue  # one solve to the tolerance is enough where it takes long
+                result = worker.measure(goal, min(plan.timeout, plan.left()))
+                done.add((spec.peer, goal))
+                recorder.add(identity | {"goal": goal} | facts[spec.peer] | result)
+                say(f"{label} #{repetition + 1} {spec.peer:18s} {goal:10s} {describe(result)}")
+        except WorkerError as error:
+            failed.add(spec.peer)
+            recorder.add({**identity, "kind": "failure", "reason": str(error)})
+            say(f"{label} {spec.peer}: failed: {error}")
+            discard(pool, spec.peer)
+        if not keep:
+            discard(pool, spec.peer)
+            facts.pop(spec.peer, None)
     if not plan.reuse:
         for peer in list(pool):
             discard(pool, peer)
@@ -271,12 +280,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cg.add_argument("--solve-limit", type=int, default=128, help="largest side that is solved to the tolerance")
     matrices = solver_case("matrices", "the symmetric positive definite matrices that pyamg ships", 5)
     matrices.add_argument("--matrices", nargs="+", help="names (default: all that are positive definite)")
-    watched = cases.add_parser("curvature", help="what watching the curvature costs an iteration")
-    watched.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 128])
+    tested = cases.add_parser("curvature", help="what testing the curvature costs an iteration")
+    tested.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 128])
     cases.add_parser("overhead", help="cost of one call and of the import")
     again = cases.add_parser("report", help="tables and picture of a results file once more")
     again.add_argument("results", type=Path)
-    for case in (cg, matrices, watched, cases.choices["overhead"]):
+    for case in (cg, matrices, tested, cases.choices["overhead"]):
         case.add_argument("-o", "--output", type=Path, default=Path("results"), help="folder (default: results)")
     options = parser.parse_args(arguments)
     if "peers" in options:
@@ -304,9 +313,9 @@ def main(arguments: list[str] | None = None) -> int:
     check_load()
     recorder = Recorder(options.output / f"{options.case}.jsonl")
     recorder.add(machine.environment())
-    watching = options.case == "curvature"
+    curvature_case = options.case == "curvature"
     try:
-        result = curvature.run(options.sizes, recorder.add) if watching else overhead.run(recorder.add)
+        result = curvature.run(options.sizes, recorder.add) if curvature_case else overhead.run(recorder.add)
     except RuntimeError as error:
         say(f"{options.case}: {error}")
         return 1

@@ -14,9 +14,8 @@ twice the error of a plain torch version in the same dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kantor._ops import emulated
+from devices import home, on, require
 
 Arguments = tuple[Any, ...]
 Rand = Callable[..., Tensor]
@@ -102,8 +101,7 @@ class OpCase:
         """Sample arguments, reproducible, in a dtype and on a device."""
         generator = torch.Generator().manual_seed(1000 * seed + size)
         args = self.sample(size, lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator))
-        target = "cuda" if device == "cuda" else "cpu"
-        return tree_map_only(Tensor, lambda t: t.to(target, dtype if t.is_floating_point() else t.dtype), args)
+        return tree_map_only(Tensor, lambda t: t.to(home(device), dtype if t.is_floating_point() else t.dtype), args)
 
     def results(self, args: Arguments, device: str = "cpu") -> tuple[Tensor, ...]:
         """The compared results of the code under test."""
@@ -115,36 +113,7 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-# --- devices ---
-
-
-def on(device: str) -> AbstractContextManager[None]:
-    """Where operators run inside the context: ``cpu``, ``emulated`` (CUDA code on CPU tensors) or ``cuda``."""
-    return emulated() if device == "emulated" else nullcontext()
-
-
-def require(device: str) -> None:
-    """Skip the test, with the reason, where this build or machine lacks the device."""
-    if device == "emulated" and find_spec("kantor._emu") is None:
-        pytest.skip("kantor._emu is not built: configure with KANTOR_TESTS=ON")
-    if device == "cuda" and not (torch.cuda.is_available() and torch.version.cuda):
-        pytest.skip("no CUDA device")
-
-
-DEVICES = ("cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu))
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test on every device; tensors go to ``op_checks.home(device)``."""
-    require(request.param)
-    with on(request.param):
-        yield request.param
-
-
-def home(device: str) -> str:
-    """The torch device that holds the tensors."""
-    return "cuda" if device == "cuda" else "cpu"
+# --- values ---
 
 
 @contextmanager
@@ -155,9 +124,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# --- values ---
 
 
 def float64(args: Arguments) -> Arguments:
@@ -177,7 +143,8 @@ def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def largest(tensors: Sequence[Tensor]) -> float:
-    return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
+    maxima = [t.abs().max().double() for t in tensors if t.numel()]
+    return torch.stack(maxima).max().item() if maxima else 0.0  # torch's max keeps a NaN, Python's may lose it
 
 
 def assert_accurate(case: OpCase, actual: Sequence[Tensor], args: Arguments) -> None:

@@ -20,9 +20,9 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import kantor
+from devices import device, home  # noqa: F401  (device is a fixture)
 from kantor import _C
 from kantor._ops import declare
-from op_checks import device, home  # noqa: F401  (device is a fixture)
 from toy_ops import axpby, exponential
 
 

@@ -8,7 +8,7 @@
 
 namespace kantor {
 
-// The exchange API of a tensor type, or null. One entry is remembered: calls nearly always pass plain torch.Tensor.
+// The exchange API of a tensor type, or null. The first type met is remembered: calls nearly always pass torch.Tensor.
 inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   static PyTypeObject* known_type = nullptr;
   static const dlpack::ExchangeApi* known_api = nullptr;
@@ -25,8 +25,11 @@ inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
     return nullptr;
   }
   if (api->header.version.major != 1 || !api->tensor_from_py_object || !api->current_work_stream) return nullptr;
-  known_type = type;
-  known_api = api;
+  if (!known_type) {
+    Py_INCREF(type);  // so that its address is not reused for another type
+    known_type = type;
+    known_api = api;
+  }
   return api;
 }
 

@@ -1,9 +1,9 @@
 // Attributes for leaf loops that are compiled once per instruction set and chosen when the library is loaded.
 #pragma once
 
-// KANTOR_SIMD goes before a leaf loop (a function or a function template that is explicitly instantiated):
-//     template <class T> KANTOR_SIMD void scale(std::int64_t n, T a, T* x) { ... }
-//     template void scale(std::int64_t, float, float*);
+// KANTOR_SIMD goes before a leaf loop, a function or a function template:
+//     template <class T>
+//     KANTOR_SIMD void scale(std::int64_t n, T a, T* x) { ... }
 // It makes an SSE2, an AVX2 and an AVX-512 copy. Everything the loop calls must be inlined into it (KANTOR_HD or
 // KANTOR_ALWAYS_INLINE), or the callee stays SSE2. The copies give the same bits as long as no multiply-add is
 // contracted (-ffp-contract=off) and sums use a fixed number of accumulators.

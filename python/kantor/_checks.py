@@ -1,7 +1,9 @@
 """Argument checks. A message says: function, argument, what was expected, what came, what to do."""
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +26,39 @@ def check_float(value: Tensor, function: str, argument: str) -> None:
         raise TypeError(f"{function}: {argument}: expected dtype float32 or float64, got {_short(value.dtype)}{hint}")
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: not inside torch.compile, export or vmap."""
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):  # torch.autograd.grad(is_grads_batched=True)
+        return False
+    level = tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(level):
+        if torch._C._functorch.is_batchedtensor(level):
+            return False
+        level = torch._C._functorch.get_unwrapped(level)
+    return True
+
+
+def host(tensor: Tensor) -> Tensor:
+    """Return the plain values as a contiguous CPU tensor, for native code that looks at structure; also inside torch.func."""
+    with torch._C._DisableFuncTorch():
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        return tensor.detach().cpu().contiguous()
+
+
+def host_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return :func:`host` as a NumPy array, sharing its memory."""
+    with torch._C._DisableFuncTorch():
+        array: np.ndarray[Any, Any] = host(tensor).numpy()
+        return array
+
+
 def check_finite(value: Tensor, function: str, argument: str) -> None:
-    """Raise ValueError at the first NaN or infinity, naming its index."""
+    """Raise ValueError at the first NaN or infinity, naming its index; nothing where values cannot be looked at."""
+    if not is_readable(value):
+        return
     finite = torch.isfinite(value.detach())
     if not bool(finite.all()):
         where = tuple(int(i) for i in (~finite).nonzero()[0])

@@ -167,9 +167,4 @@ class SolveResult:
         return "\n".join(lines)
 
 
-def max_or_zero(values: Tensor) -> float:
-    """Largest entry, 0 for an empty tensor."""
-    return float(values.max()) if values.numel() else 0.0
-
-
-__all__ = ["History", "SolveResult", "SolveStatus", "max_or_zero"]
+__all__ = ["History", "SolveResult", "SolveStatus"]

@@ -1,31 +1,31 @@
 """The command ``kantor``: ``kantor info``, ``kantor solve`` and ``kantor demo`` (extra ``cli``).
 
-Exit codes: 0 solved, 1 not converged, 2 bad input (one message on stderr, no traceback), 130 interrupted.
+Exit codes: 0 solved, 1 not solved, 2 bad input (one message on stderr, no traceback), 130 interrupted.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
+import math
 import platform
+import shlex
 import sys
-import tempfile
 import time
 import warnings
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, Final
 
 import numpy as np
 import torch
 
 import kantor
+from kantor import _C, KantorError
 from kantor._progress import log_fraction
+from kantor._solve_files import BadInputError, System, check_output, read_system, write_solution
 from kantor.linalg import CSR, LinearOperator, SolveResult, SolveStatus, cg, ic0, jacobi
 
 try:
@@ -35,20 +35,19 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:
-    _MISSING: str | None = error.name
+    _missing: str | None = error.name
 else:
-    _MISSING = None
+    _missing = None
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+NOT_SOLVED: Final = 1
+BAD_INPUT: Final = 2
+INTERRUPTED: Final = 130  # the shell's convention for a process ended by SIGINT
 
-    Array = NDArray[np.floating[Any]]
-
-SOLVED, NOT_CONVERGED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-TINY = 64  # unknowns below which a preconditioner cannot pay for its own set-up
+_TINY = 64  # unknowns up to which a preconditioner cannot pay for its own set-up
+_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
-class Preconditioner(str, Enum):
+class Preconditioner(StrEnum):
     """Choices of ``--preconditioner``."""
 
     auto = "auto"
@@ -57,32 +56,61 @@ class Preconditioner(str, Enum):
     ic0 = "ic0"
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Choices of ``--dtype``."""
 
     float64 = "float64"
     float32 = "float32"
 
 
-class Size(str, Enum):
+class Size(StrEnum):
     """Choices of ``--size``."""
 
     small = "small"
     full = "full"
 
 
-class BadInput(Exception):
-    """What was given cannot be solved; the message says what, and what to do."""
+def main() -> None:
+    """Entry point of the command ``kantor``."""
+    if _missing is not None:
+        print(f'kantor: the command line needs {_missing}: pip install "kantor[cli]"', file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+    build_app()()
 
 
-@dataclass(frozen=True)
-class System:
-    """A linear system read from files: ``b`` is (n,) or (k, n), ``shape`` that of the right-hand side in its file."""
+def build_app() -> typer.Typer:
+    """Return the command line as a Typer application."""
+    app = typer.Typer(
+        name="kantor",
+        help="Solvers, transport, diffusion and curvature for PyTorch: the command line.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_version)
+    for command in (info, solve, demo):
+        app.command()(command)
+    return app
 
-    A: CSR
-    b: torch.Tensor
-    shape: tuple[int, ...]
-    nonzeros: int
+
+def _version(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
+) -> None:
+    if version:
+        print(kantor.__version__)
+        raise typer.Exit
+
+
+@contextmanager
+def _one_message(command: str) -> Iterator[None]:
+    """Turn what is wrong with the input into one message and exit code 2, and Ctrl-C into exit code 130."""
+    try:
+        yield
+    except (BadInputError, ImportError, OSError) as error:
+        print(f"kantor {command}: {error}", file=sys.stderr)
+        raise typer.Exit(BAD_INPUT) from error
+    except KeyboardInterrupt as error:
+        print(f"kantor {command}: interrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from error
 
 
 # kantor info -------------------------------------------------------------------------------------------------------
@@ -90,8 +118,8 @@ class System:
 
 def info(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, how the native code was built, and what it finds on this machine."""
-    build = kantor._C.build_info()
-    facts = {
+    build = _C.build_info()
+    facts: dict[str, Any] = {
         "kantor": kantor.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -107,8 +135,285 @@ def info(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")
     if json_output:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(title="Kantor", title_justify="left", show_header=False, box=None)
+    table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        text = {True: "yes", False: "no", "": "none"}.get(value, str(value)) if isinstance(value, bool | str) else value
-        table.add_row(name.replace("_", " ").replace("cuda", "CUDA"), escape(str(text)))
+        text = ("yes" if value else "no") if isinstance(value, bool) else str(value) or "none"
+        table.add_row(name.replace("_", " ").replace("cuda", "CUDA"), escape(text))
     Console().print(table)
+
+
+# kantor solve ------------------------------------------------------------------------------------------------------
+
+
+def solve(
+    matrix: Annotated[Path, typer.Argument(help="Symmetric matrix, Matrix Market (.mtx or .mtx.gz).")],
+    rhs: Annotated[
+        Path | None, typer.Option(help="Right-hand side: .npy, .mtx or .txt with n or n x k numbers. Default: ones.")
+    ] = None,
+    preconditioner: Annotated[
+        Preconditioner, typer.Option(help="auto: ic0, else jacobi, else none.")
+    ] = Preconditioner.auto,
+    rtol: Annotated[float, typer.Option(min=0.0, help="Stop at |b - Ax| <= max(rtol |b|, atol).")] = 1e-5,
+    atol: Annotated[float, typer.Option(min=0.0, help="See --rtol.")] = 0.0,
+    maxiter: Annotated[int | None, typer.Option(min=0, help="Iteration limit. Default: 10 n.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="Precision of the solve.")] = Precision.float64,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write x: .npy, .mtx or .txt.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw residuals against iterations: .png, .pdf or .svg.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """Solve A x = b for a symmetric positive definite A by conjugate gradients.
+
+    Exit codes: 0 solved, 1 not solved, 2 bad input, 130 interrupted (x so far is written where -o is given).
+    """
+    with _one_message("solve"):
+        if output is not None:
+            check_output(output)
+        if plot is not None:
+            check_output(plot, _PLOT_SUFFIXES)
+            from kantor.plotting import new_axes
+
+            new_axes()  # a missing matplotlib shows now, not after the solve
+        if threads is not None:
+            torch.set_num_threads(threads)
+        started = time.perf_counter()
+        system = read_system(matrix, rhs, getattr(torch, dtype.value))
+        read_seconds = time.perf_counter() - started
+        M, M_name, M_note = _build_preconditioner(preconditioner, system.A)
+        setup_seconds = time.perf_counter() - started - read_seconds
+        result = _run_cg(system, M, rtol, atol, maxiter, show_progress=not quiet)
+        if output is not None:
+            write_solution(output, system.in_file_shape(result.x))
+        if plot is not None:
+            result.plot().figure.savefig(plot)
+        outcome = _outcome(system, result) | {
+            "matrix": str(matrix),
+            "rhs": "ones" if rhs is None else str(rhs),
+            "preconditioner": M_name,
+            "preconditioner_note": M_note,
+            "seconds_read": read_seconds,
+            "seconds_preconditioner": setup_seconds,
+            "output": None if output is None else str(output),
+            "plot": None if plot is None else str(plot),
+        }
+    if json_output:
+        print(json.dumps(outcome, indent=2))
+    elif not quiet:
+        _print_outcome(outcome)
+    if result.status is SolveStatus.INTERRUPTED:
+        raise typer.Exit(INTERRUPTED)
+    if not result.converged:
+        if not json_output:
+            print(f"kantor solve: not solved. {_advice(result, preconditioner)}", file=sys.stderr)
+        raise typer.Exit(NOT_SOLVED)
+
+
+def _build_preconditioner(choice: Preconditioner, A: CSR) -> tuple[LinearOperator | None, str, str]:
+    """Return the operator, its name, and the reason where it is not the obvious one."""
+    if choice is Preconditioner.none:
+        return None, "none", ""
+    if choice is Preconditioner.auto and A.shape[0] <= _TINY:
+        return None, "none", f"{A.shape[0]} unknowns need none"
+    reasons = []
+    for name, build in (("ic0", ic0), ("jacobi", jacobi)):
+        if choice.value not in ("auto", name):
+            continue
+        try:
+            M = build(A)
+        except (ValueError, KantorError) as error:
+            reasons.append(str(error))
+            continue
+        shift = getattr(M, "shift", 0.0)
+        if shift:
+            reasons.append(f"the factorisation needed the diagonal scaled by {1 + shift:g}")
+        return M, name, "; ".join(reasons)
+    if choice is not Preconditioner.auto:
+        raise BadInputError(f"--preconditioner {choice.value}: {reasons[0]}")
+    return None, "none", "; ".join(reasons)
+
+
+def _run_cg(
+    system: System, M: LinearOperator | None, rtol: float, atol: float, maxiter: int | None, *, show_progress: bool
+) -> SolveResult:
+    console = Console(stderr=True)
+    with _progress(console, enabled=show_progress and console.is_terminal) as show, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the outcome is printed below, with what to try
+        target = max(rtol * float(system.b.double().norm(dim=-1).max()), atol)
+        callback = None if show is None else lambda step: show(step.iteration, step.residual_norm, target)
+        try:
+            return cg(
+                system.A, system.b, M=M, rtol=rtol, atol=atol, maxiter=maxiter, callback=callback, interrupt="return"
+            )
+        except (ValueError, KantorError) as error:
+            raise BadInputError(str(error)) from error
+
+
+@contextmanager
+def _progress(console: Console, *, enabled: bool) -> Iterator[Callable[[int, float, float], None] | None]:
+    """Yield an update function that draws the share of the requested digits gained, or None when disabled."""
+    if not enabled:
+        yield None
+        return
+    columns = (TextColumn("cg"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("cg", total=1.0, text="")
+        initial, drawn, gained = 0.0, 0.0, 0.0
+
+        def show(iteration: int, residual: float, target: float) -> None:
+            nonlocal initial, drawn, gained
+            initial = initial or residual
+            if time.perf_counter() - drawn >= 0.1:
+                drawn = time.perf_counter()
+                gained = max(gained, log_fraction(initial, residual, target))
+                bar.update(task, completed=gained, text=f"iteration {iteration:,}, residual {residual:.1e}")
+
+        yield show
+
+
+def _outcome(system: System, result: SolveResult) -> dict[str, Any]:
+    """Return what the table and the JSON output tell about a solve."""
+    outcome: dict[str, Any] = {
+        "unknowns": system.A.shape[0],
+        "nonzeros": system.A.nnz,
+        "right_hand_sides": len(result.per_system_status),
+        "dtype": str(system.b.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "status": str(result.status),
+        "converged": result.converged,
+        "message": result.message,
+        "iterations": result.iterations,
+        "residual_norm": _finite(result.residual_norm),
+        "relative_residual": _finite(result.relative_residual),
+        "curvature": result.curvature,
+        "seconds": result.seconds,
+    }
+    if len(result.per_system_status) > 1:
+        outcome["per_system"] = [
+            {"status": str(status), "iterations": int(count), "residual_norm": _finite(float(norm))}
+            for status, count, norm in zip(
+                result.per_system_status, result.per_system_iterations, result.per_system_residual_norm, strict=True
+            )
+        ]
+    return outcome
+
+
+def _finite(value: float) -> float | None:
+    """Return None for NaN and infinity, which JSON does not know."""
+    return value if math.isfinite(value) else None
+
+
+def _print_outcome(outcome: dict[str, Any]) -> None:
+    note = f" ({outcome['preconditioner_note']})" if outcome["preconditioner_note"] else ""
+    rows = {
+        "matrix": outcome["matrix"],
+        "right-hand side": "ones (no --rhs given)" if outcome["rhs"] == "ones" else outcome["rhs"],
+        "unknowns": f"{outcome['unknowns']:,}",
+        "nonzeros": f"{outcome['nonzeros']:,}",
+        "preconditioner": outcome["preconditioner"] + note,
+        "status": outcome["status"].replace("_", " "),
+        "iterations": f"{outcome['iterations']:,}",
+        "|b - Ax|": _scientific(outcome["residual_norm"]),
+        "|b - Ax| / |b|": _scientific(outcome["relative_residual"]),
+        "seconds": f"{outcome['seconds']:.3f} (reading {outcome['seconds_read']:.3f}, "
+        f"preconditioner {outcome['seconds_preconditioner']:.3f})",
+    }
+    if outcome["right_hand_sides"] > 1:
+        rows["right-hand side"] += f", {outcome['right_hand_sides']} columns; figures of the worst"
+    if outcome["curvature"] is not None:
+        rows["curvature d'Ad / d'd"] = f"{outcome['curvature']:.6g}"
+    rows |= {name: outcome[name] for name in ("output", "plot") if outcome[name] is not None}
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(str(value)))
+    Console().print(table)
+
+
+def _scientific(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3e}"
+
+
+def _advice(result: SolveResult, preconditioner: Preconditioner) -> str:
+    """Return what happened and what to try, in the words of the command line."""
+    if result.status is SolveStatus.MAXITER:
+        better = "" if preconditioner in (Preconditioner.auto, Preconditioner.ic0) else ", or --preconditioner ic0"
+        return f"The iteration limit was reached before the tolerance: raise --maxiter or --rtol{better}."
+    if result.status is SolveStatus.NEGATIVE_CURVATURE:
+        return (
+            f"A direction d with curvature d'Ad / d'd = {result.curvature:.6g} was met: the matrix is indefinite, and "
+            "conjugate gradients need a positive definite one. Use a method for indefinite matrices, such as MINRES. "
+            "(A curvature of the size of rounding can also mean a singular matrix whose range does not hold b.)"
+        )
+    if result.status is SolveStatus.STAGNATED:
+        return "The residual stopped falling at the rounding level: use --dtype float64 or a larger --rtol."
+    return result.message
+
+
+# kantor demo -------------------------------------------------------------------------------------------------------
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("kantor-demo"),
+    size: Annotated[Size, typer.Option(help="small: shrunk pictures, a few seconds.")] = Size.full,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this station; may be repeated.")] = None,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Take a tour of Kantor on real data and write it down as a page, index.html."""
+    from kantor.demo import STATIONS, write_page
+
+    console = Console()
+    with _one_message("demo"):
+        names = [station.name for station in STATIONS]
+        if unknown := sorted(set(only or []) - set(names)):
+            raise BadInputError(f"--only {unknown[0]}: no such station; there are {', '.join(names)}")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            reports = []
+            for station in STATIONS:
+                if not only or station.name in only:
+                    console.print(f"[bold]{escape(station.title)}[/bold] ({station.name}, {size.value})")
+                    reports.append(station.run(out, size.value))
+                    _print_report(console, reports[-1])
+            words = [
+                "kantor",
+                "demo",
+                "--size",
+                size.value,
+                *(word for name in only or [] for word in ("--only", name)),
+            ]
+            words += [] if out == Path("kantor-demo") else ["--out", str(out)]
+            page = write_page(out, reports, command=shlex.join(words), versions=_versions())
+        except OSError as error:
+            raise BadInputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    console.print(f"The page: {escape(str(page))}", soft_wrap=True)
+    if open_page:
+        webbrowser.open(page.resolve().as_uri())
+    if not all(report.passed for report in reports):
+        print("kantor demo: a check failed; see above", file=sys.stderr)
+        raise typer.Exit(NOT_SOLVED)
+
+
+def _print_report(console: Console, report: Any) -> None:
+    table = Table(box=None)
+    for column, name in enumerate(report.table.header):
+        table.add_column(escape(name), justify="right" if column in report.table.numeric else "left")
+    for row in report.table.rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    for check in report.checks:
+        console.print(f"{'passed' if check.passed else 'FAILED'}: {escape(check.name)}, {escape(check.detail)}")
+    console.print(f"{report.seconds:.1f} s\n")
+
+
+def _versions() -> str:
+    build = _C.build_info()
+    return (
+        f"Kantor {kantor.__version__}, torch {torch.__version__}, NumPy {np.__version__}, Python "
+        f"{platform.python_version()}; {build['compiler']}, {build['simd']}, {torch.get_num_threads()} threads."
+    )
+
+
+if __name__ == "__main__":
+    main()

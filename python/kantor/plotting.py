@@ -85,12 +85,12 @@ def plot_convergence(
     ax = new_axes() if ax is None else ax
     residuals = np.where(np.isfinite(residuals) & (residuals > 0), residuals, np.nan)
     lines = ax.plot(iterations, residuals, **{"linewidth": 1.8, "solid_capstyle": "round", **line})
-    drawn = np.flatnonzero(np.isfinite(residuals.reshape(len(iterations), -1)[:, 0])) if len(iterations) else []
-    if label is not None and len(drawn):
-        end = drawn[-1]
+    first = residuals.reshape(len(iterations), -1)[:, 0] if residuals.size else np.empty(0)
+    drawn = np.flatnonzero(np.isfinite(first))
+    if label is not None and drawn.size:
         ax.annotate(
             label,
-            xy=(iterations[end], residuals.reshape(len(iterations), -1)[end, 0]),
+            xy=(iterations[drawn[-1]], first[drawn[-1]]),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",

@@ -10,6 +10,7 @@ are linear in their floating-point operands, so one bilinear form per kind gives
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kantor import _C
+from kantor._checks import host, is_readable
 from kantor._ops import Context, backend, declare
 
 DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY = range(6)
@@ -184,7 +186,7 @@ matvec = declare(
 
 
 def _csr_transpose_forward(crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
-    host_crow, host_col = crow.cpu(), col.cpu()  # a one-off on the structure; not worth a kernel
+    host_crow, host_col = host(crow), host(col)  # a one-off on the structure; not worth a kernel
     t_crow, t_col, permutation = host_crow.new_empty(cols + 1), torch.empty_like(host_col), torch.empty_like(host_col)
     _C.csr_transpose(host_crow, host_col, t_crow, t_col, permutation)
     return t_crow.to(crow.device), t_col.to(crow.device), permutation.to(crow.device)
@@ -230,9 +232,9 @@ def run_cg(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the native loop on b (..., n); `apply` and `precondition` stand in for A and M, called on (..., n)."""
     shape, n = b.shape, b.shape[-1]
-    b2 = b.reshape(-1, n) if n else b.reshape(0, 0)
+    b2 = b.resolve_neg().reshape(-1, n).contiguous() if n else b.reshape(0, 0)
     batch = b2.shape[0]
-    x = torch.zeros_like(b2) if x0 is None else x0.reshape(b2.shape).clone()
+    x = torch.zeros_like(b2) if x0 is None else x0.resolve_neg().reshape(b2.shape).clone()
     p = torch.zeros_like(b2)  # zero, not empty: it is returned, also for systems that take no step
     r, q = torch.empty_like(b2), torch.empty_like(b2)
     z = r if not M.layout and precondition is None else torch.empty_like(b2)
@@ -282,26 +284,39 @@ def _cg_fake(operands: Any, layout: Any, scales: Any, mo: Any, ml: Any, ms: Any,
     )
 
 
+def _derivative_solve(inputs: Sequence[Any], right: Tensor) -> Tensor:
+    """``A^-1 right`` for a derivative, with the options of the call that is differentiated."""
+    operands, layout, scales, m_operands, m_layout, m_scales, _, _, rtol, _, maxiter = inputs
+    if rtol == 0:
+        rtol = 10 * torch.finfo(right.dtype).eps  # an absolute tolerance of the solution means nothing here
+    limit = maxiter if maxiter > 0 else 10 * right.shape[-1]
+    x, _, info, _ = cg(operands, layout, scales, m_operands, m_layout, m_scales, right, None, rtol, 0.0, limit)
+    if is_readable(info) and not bool((info[..., STATUS] == 1).all()):
+        warnings.warn(
+            "cg: the solve for the derivative did not converge: the gradient is inexact. Raise maxiter or rtol.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return x
+
+
 def _cg_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
-    operands, layout, scales, *rest = ctx.inputs
-    m_operands, m_layout, m_scales, _, _, rtol, _, maxiter = rest
-    x = ctx.outputs[0]
-    adjoint_rtol = rtol if rtol > 0 else 10 * torch.finfo(x.dtype).eps  # an absolute tolerance means nothing for grad
-    adjoint = cg(operands, layout, scales, m_operands, m_layout, m_scales, grad, None, adjoint_rtol, 0.0, max(maxiter, 1))[0]
-    gradients = [g if g is None else -g for g in outer(operands, layout, scales, adjoint, x)] if any(ctx.needs[0]) else None
+    operands, layout, scales, *_ = ctx.inputs
+    adjoint = _derivative_solve(ctx.inputs, grad)
+    gradients = None
+    if any(ctx.needs[0]):
+        gradients = [g if g is None else -g for g in outer(operands, layout, scales, adjoint, ctx.outputs[0])]
     return gradients, None, None, None, None, None, adjoint, None, None, None, None
 
 
 def _cg_jvp(ctx: Context, d_operands: Any, *tangents: Any) -> Tensor:
-    operands, layout, scales, m_operands, m_layout, m_scales, _, _, rtol, _, maxiter = ctx.inputs
-    db = tangents[5]
-    x = ctx.outputs[0]
+    operands, layout, scales, *_ = ctx.inputs
+    x, db = ctx.outputs[0], tangents[5]
     right = torch.zeros_like(x) if db is None else db
     tangent = _tangent_operands(operands, d_operands)
     if tangent is not None:
         right = right - matvec(tangent, layout, scales, x)
-    adjoint_rtol = rtol if rtol > 0 else 10 * torch.finfo(x.dtype).eps
-    return cg(operands, layout, scales, m_operands, m_layout, m_scales, right, None, adjoint_rtol, 0.0, max(maxiter, 1))[0]
+    return _derivative_solve(ctx.inputs, right)
 
 
 cg = declare(

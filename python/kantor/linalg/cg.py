@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kantor._checks import check_finite, check_float, check_same, check_tensor
+from kantor._checks import check_finite, check_float, check_same, check_tensor, host_array, is_readable
 from kantor._progress import progress_bar
-from kantor._result import History, SolveResult, SolveStatus, max_or_zero
+from kantor._result import History, SolveResult, SolveStatus
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded, Hooks, hooks, run_cg
 from kantor.linalg._operator import LinearOperator, as_operator
@@ -144,7 +144,7 @@ def cg(
     limit = 10 * flat.shape[-1] if maxiter is None else int(maxiter)
     problem = _Problem(operator, preconditioner, flat, start, float(rtol), float(atol), limit)
 
-    if _traced(flat):
+    if not is_readable(flat):
         x, direction, _, _ = problem.solve_traced()
         return _unchecked(restore(x))
 
@@ -354,19 +354,6 @@ def _require_symmetric(A: LinearOperator) -> None:
         )
 
 
-def _traced(b: Tensor) -> bool:
-    """Whether values cannot be looked at: torch.compile, export, fake tensors, vmap."""
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._are_functorch_transforms_active():
-        level = b
-        while torch._C._functorch.is_functorch_wrapped_tensor(level):
-            if torch._C._functorch.is_batchedtensor(level):
-                return True
-            level = torch._C._functorch.get_unwrapped(level)
-    return isinstance(b, torch._subclasses.FakeTensor)
-
-
 def _make_monitor(
     callback: CallableType[[IterationInfo], bool | None] | None, bar: Any, rtol: float, atol: float, b: Tensor
 ) -> CallableType[[int, float], bool] | None:
@@ -394,40 +381,41 @@ def _make_result(
     A: LinearOperator, b: Tensor, restore: CallableType[[Tensor], Tensor], x: Tensor, direction: Tensor, info: Tensor,
     history: Tensor, rtol: float, atol: float, seconds: float,
 ) -> SolveResult:  # fmt: skip
-    table = info.detach().reshape(-1, info.shape[-1]).cpu()
+    table = host_array(info).reshape(-1, info.shape[-1])
     statuses = [_STATUSES[int(s)] for s in table[:, _native.STATUS]]
     status = next((s for s in statuses if s is not SolveStatus.CONVERGED), SolveStatus.CONVERGED)
     residuals, b_norms = table[:, _native.RESIDUAL_NORM], table[:, _native.B_NORM]
-    worst = int(residuals.nan_to_num(nan=math.inf).argmax()) if len(statuses) else 0
-    no_step = torch.tensor([s in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.SINGULAR) for s in statuses])
+    iterations = table[:, _native.ITERATIONS].astype(np.int64)
+    worst = int(np.nan_to_num(residuals, nan=math.inf).argmax()) if statuses else 0
+    no_step = np.array([s in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.SINGULAR) for s in statuses], dtype=bool)
     curvature = None
-    if bool(no_step.any()):
-        curvature = float(table[no_step.nonzero()[0, 0], _native.CURVATURE])
-        mask = no_step.reshape(direction.shape[:-1]).unsqueeze(-1).to(direction.device)
+    if no_step.any():
+        curvature = float(table[no_step.argmax(), _native.CURVATURE])
+        mask = torch.from_numpy(no_step).reshape(direction.shape[:-1]).unsqueeze(-1).to(direction.device)
         direction = torch.where(mask, direction, torch.zeros_like(direction))
     shaped = restore(x)
     return SolveResult(
         x=shaped,
         status=status,
-        iterations=int(max_or_zero(table[:, _native.ITERATIONS])),
-        residual_norm=max_or_zero(residuals),
-        relative_residual=max_or_zero(torch.where(b_norms > 0, residuals / b_norms, residuals)),
-        history=_history(table, history.detach().reshape(len(statuses), -1), worst),
+        iterations=int(iterations.max(initial=0)),
+        residual_norm=float(residuals.max(initial=0)),
+        relative_residual=float((residuals / np.where(b_norms > 0, b_norms, 1)).max(initial=0)),
+        history=_history(table, host_array(history), worst),
         seconds=seconds,
         method="cg",
         tolerance=max(rtol * float(b_norms[worst]), atol) if len(statuses) else 0.0,
         per_system_status=statuses,
-        per_system_iterations=table[:, _native.ITERATIONS].long(),
-        per_system_residual_norm=residuals,
+        per_system_iterations=torch.from_numpy(iterations),
+        per_system_residual_norm=torch.from_numpy(residuals.copy()),
         direction=restore(direction) if curvature is not None else None,
         curvature=curvature,
         state={"x0": shaped.detach()},
     )
 
 
-def _history(table: Tensor, history: Tensor, system: int) -> History:
+def _history(table: np.ndarray[Any, Any], history: np.ndarray[Any, Any], system: int) -> History:
     if not len(table):
         return History(np.empty(0, np.int64), np.empty(0))
     count, stride = int(table[system, _native.HISTORY_COUNT]), int(table[system, _native.HISTORY_STRIDE])
-    norms = history[system, :count].cpu().numpy().copy()
+    norms = history.reshape(len(table), -1)[system, :count].copy()
     return History(np.arange(count, dtype=np.int64) * max(stride, 1), norms)

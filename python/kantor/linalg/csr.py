@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kantor import _C
-from kantor._checks import check_float, check_tensor
+from kantor._checks import check_float, check_tensor, host, is_readable
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded
 from kantor.linalg._operator import LinearOperator
@@ -58,12 +58,15 @@ class CSR(LinearOperator):
         index = torch.int32 if max(rows, cols, values.numel()) < 2**31 else torch.int64
         self.shape, self.dtype, self.device = (rows, cols), values.dtype, values.device
         self.crow, self.col, self.values = self._narrow(crow, index), self._narrow(col, index), values
+        self._asymmetry: tuple[float, str] | None = None
+        if not is_readable(values):
+            self.halo = max(self.shape)  # inside torch.compile or vmap: the structure is trusted, its bandwidth unknown
+            return
         report = self._check()
         if not report["sorted"]:
             self._sort()
             report = self._check()
         self.halo = int(report["halo"])
-        self._asymmetry: tuple[float, str] | None = None
 
     @staticmethod
     def _narrow(indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,8 +77,7 @@ class CSR(LinearOperator):
         return indices.to(dtype).contiguous()
 
     def _check(self) -> dict[str, Any]:
-        host = (self.crow.cpu(), self.col.cpu(), self.values.detach().cpu().contiguous())
-        report: dict[str, Any] = _C.csr_check(*host, self.shape[1])
+        report: dict[str, Any] = _C.csr_check(host(self.crow), host(self.col), host(self.values), self.shape[1])
         if (row := report["bad_row"]) >= 0:
             raise ValueError(
                 f"CSR: crow: must start at 0, never decrease and end at {self.col.numel()}; it fails at row {row}"
@@ -212,9 +214,9 @@ class CSR(LinearOperator):
         if self._asymmetry is None:
             if self.shape[0] != self.shape[1]:
                 raise ValueError(f"CSR.asymmetry: the matrix is not square: {self.shape}")
-            values = self.values.detach().cpu().contiguous()
-            difference, i, j = _C.csr_asymmetry(self.crow.cpu(), self.col.cpu(), values)
-            largest = float(values.abs().max()) if values.numel() else 0.0
+            values = host(self.values)
+            difference, i, j = _C.csr_asymmetry(host(self.crow), host(self.col), values)
+            largest = max(float(values.max()), -float(values.min())) if values.numel() else 0.0
             relative = difference / largest if largest > 0 else 0.0
             self._asymmetry = relative, f"|a_ij - a_ji| = {difference:.3g} at ({i}, {j})"
         return self._asymmetry

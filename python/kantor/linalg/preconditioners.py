@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kantor import _C
+from kantor._checks import host
 from kantor._errors import NumericalBreakdown
 from kantor.linalg import _native
 from kantor.linalg._native import INCOMPLETE_CHOLESKY, Encoded
@@ -108,7 +109,7 @@ def ic0(A: Any) -> IncompleteCholesky:
         raise ValueError(f"ic0: A is not symmetric: {where}; symmetrise it as (A + A.T) / 2 if that is what you mean")
     if matrix.nnz >= 2**31 or n >= 2**31:
         raise ValueError("ic0: A: more than 2^31 entries; use jacobi")
-    crow, col, values = (t.detach().cpu() for t in (matrix.crow, matrix.col, matrix.values))
+    crow, col, values = (host(t) for t in (matrix.crow, matrix.col, matrix.values))
     rows = _native.csr_rows(crow, col.numel())
     lower = col <= rows
     counts = torch.bincount(rows[lower], minlength=n)

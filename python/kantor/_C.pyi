@@ -1,0 +1,70 @@
+"""The native module, compiled from csrc/bind. Private: the functions of the package check their arguments first.
+
+``kantor._emu``, which the tests build, has the same contents and runs the CUDA code on the fiber emulator.
+Tensors are contiguous; results are written into tensors that the caller made. ``threads`` is the number of CPU threads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+class _BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    simd: str
+    openmp: int  # date of the OpenMP standard, as yyyymm
+    cuda_built: bool
+    cuda_architectures: str  # as CMake writes them; empty without CUDA
+    cuda_runtime: int  # 1000 major + 10 minor; 0 without CUDA
+
+class _CsrReport(TypedDict):
+    bad_row: int  # first row whose pointers decrease or leave the entries; -1 if none
+    bad_entry: int  # first entry whose column is out of range; -1 if none
+    nonfinite_entry: int  # first entry that is NaN or infinite; -1 if none
+    sorted: bool  # columns strictly increase within every row
+    halo: int  # largest |column - row|
+
+__version__: str
+cg_state_size: int  # float64 numbers per system in the `info` of cg
+
+# --- core ---
+
+def build_info() -> _BuildInfo: ...
+def cuda_device_count() -> int: ...  # 0 without a driver or without CUDA code; never raises
+
+# --- linalg: an operator is (operands, layout, scales), encoded as csrc/linalg/operator.h says ---
+
+def multiply_add(x: Tensor, y: Tensor, out: Tensor, a: float, b: float, threads: int) -> None: ...
+def matvec(
+    operands: Sequence[Tensor], layout: Sequence[int], scales: Sequence[float], x: Tensor, y: Tensor, threads: int
+) -> None: ...
+def cg(
+    operands: Sequence[Tensor],
+    layout: Sequence[int],  # empty: `apply` stands in for the operator
+    scales: Sequence[float],
+    m_operands: Sequence[Tensor],
+    m_layout: Sequence[int],  # empty: no preconditioner, or `precondition`
+    m_scales: Sequence[float],
+    b: Tensor,  # (batch, n)
+    x: Tensor,  # (batch, n); initial guess, then the solution
+    vectors: Sequence[Tensor],  # r, p, q, z, each (batch, n)
+    zero_start: bool,
+    info: Tensor,  # (batch, cg_state_size) float64
+    history: Tensor,  # (batch, length) float64
+    workspace: Tensor,  # uint8
+    rtol: float,
+    atol: float,
+    max_iterations: int,
+    apply: Callable[[bool], None] | None,  # q = A x if the argument is true, else q = A p
+    precondition: Callable[[], None] | None,  # z = M r
+    user_monitor: Callable[[int, float], bool] | None,  # (iteration, residual norm) -> whether to stop
+    threads: int,
+) -> None: ...
+def cg_workspace_bytes(batch: int) -> int: ...
+def csr_check(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> _CsrReport: ...
+def csr_transpose(crow: Tensor, col: Tensor, t_crow: Tensor, t_col: Tensor, permutation: Tensor) -> None: ...
+def csr_asymmetry(crow: Tensor, col: Tensor, values: Tensor) -> tuple[float, int, int]: ...  # |a_ij - a_ji|, i, j
+def ic0_factor(crow: Tensor, col: Tensor, values: Tensor, shift: float, factor: Tensor) -> int: ...
+def level_schedule(crow: Tensor, col: Tensor, upper: bool, pointers: Tensor, rows: Tensor) -> int: ...
+def ic0_solve(operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, z: Tensor, threads: int) -> None: ...
