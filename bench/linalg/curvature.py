@@ -1,8 +1,8 @@
 """What testing the curvature costs one iteration of conjugate gradients.
 
-By the native program bench_cg, one thread, fp64, 7-point stencil, repetitions interleaved, processor time. Three loops:
-blind (alpha = rz / pq and no test), sign (the library's tests of p.q, a scalar that the iteration forms anyway) and full
-(q.q as well, which the test for a singular matrix needs); and the scalar step alone as a share of one iteration.
+By the native program bench_cg, one thread, fp64, 7-point stencil, repetitions interleaved, processor time. Three
+loops: blind (alpha = rz / pq and no test), sign (the library's tests of p.q, a scalar that the iteration forms anyway)
+and full (q.q as well, for the test for a singular matrix); and the scalar step alone as a share of one iteration.
 """
 
 from __future__ import annotations

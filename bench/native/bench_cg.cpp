@@ -1,12 +1,13 @@
 // Conjugate gradients without Python: the library's solver, and what testing the curvature costs it.
 //
-//   cg/<side>/<threads>t        cg_cpu on the 7-point stencil; bytes are 8 words an unknown and iteration
-//   loop/tested/<side>         the same passes on one thread, with the library's curvature test (cg_after_apply)
-//   loop/blind/<side>           without it: alpha = rz / pq and nothing else, nor the q.q that the test for singular
-//   asks for scalars/tested, /blind     the scalar step alone
+//   cg/<side>/<threads>t   cg_cpu on the 7-point stencil; bytes are 8 words an unknown and iteration
+//   loop/full/<side>       the same passes on one thread, with the library's tests of p.q and q.q (cg_after_apply)
+//   loop/sign/<side>       without q.q, which only the test for a singular matrix needs
+//   loop/blind/<side>      without any test: alpha = rz / pq
+//   scalars/full, /blind   the scalar step alone
 //
-// fp64. `seconds_per_iteration` is a counter of each: wall time for cg, processor time for the others. Compare tested
-// and blind with --benchmark_enable_random_interleaving=true --benchmark_repetitions=15.
+// fp64. `seconds_per_iteration` is a counter of each: wall time for cg, processor time for the others. Compare the
+// loops with --benchmark_enable_random_interleaving=true --benchmark_repetitions=15.
 #include <benchmark/benchmark.h>
 #include <omp.h>
 

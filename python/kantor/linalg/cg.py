@@ -133,7 +133,6 @@ def cg(
     >>> bool((A.matvec(result.x) - b).norm() <= 1e-10 * b.norm())
     True
     """
-    started = time.perf_counter()
     check_tensor(b, "cg", "b")
     check_float(b, "cg", "b")
     operator = as_operator(A, like=b if b.ndim else None)
@@ -148,6 +147,7 @@ def cg(
         x, direction, _, _ = problem.solve_traced()
         return _unchecked(restore(x))
 
+    started = time.perf_counter()
     wants_gradient = torch.is_grad_enabled() and (
         b.requires_grad or not operator.is_native or any(t.requires_grad for t in operator.encode().operands)
     )
