@@ -45,7 +45,7 @@ void bind_matvec(const Operands& operands, const Layout& layout, const Scales& s
     const Operator<T> A = read_operator<T>(args, x);
     const auto xs = elements<const T>(x, "x");
     const auto ys = elements<T>(y, "y");
-    const int64_t batch = A.cols > 0 ? x.size() / A.cols : 0;
+    const int64_t batch = A.cols > 0 ? x.size() / A.cols : A.rows > 0 ? y.size() / A.rows : 0;
     require(x.size() == batch * A.cols && y.size() == batch * A.rows, "matvec: x or y does not match the operator's shape");
     const Exec exec = exec_for(x, threads);
     py::gil_scoped_release nogil;
@@ -70,7 +70,12 @@ class PythonMonitor {
       PyErr_Clear();
       return CgStatus::interrupted;
     }
-    if (!user_.is_none() && user_(iteration, residual_norm).cast<bool>()) return CgStatus::stopped;
+    try {
+      if (!user_.is_none() && user_(iteration, residual_norm).cast<bool>()) return CgStatus::stopped;
+    } catch (const py::error_already_set& error) {
+      if (!error.matches(PyExc_KeyboardInterrupt)) throw;
+      return CgStatus::interrupted;
+    }
     return CgStatus::running;
   }
 
@@ -79,6 +84,18 @@ class PythonMonitor {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+// Runs Python code inside an iteration; Ctrl-C that lands there ends the iteration like one that lands in native code.
+template <class Call>
+void call_back(Call&& call) {
+  py::gil_scoped_acquire gil;
+  try {
+    call();
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_KeyboardInterrupt)) throw;
+    throw CgInterrupted{};
+  }
+}
+
 void bind_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
              const Layout& m_layout, const Scales& m_scales, const Tensor& b, const Tensor& x, const Operands& vectors,
              bool zero_start, const Tensor& info, const Tensor& history, const Tensor& workspace, double rtol, double atol,
@@ -86,8 +103,8 @@ void bind_cg(const Operands& operands, const Layout& layout, const Scales& scale
              int threads) {
   require(b.ndim == 2 && vectors.size() == 4, "cg: b must be (batch, n), vectors must be r, p, q, z");
   const OperatorArgs a_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
-  const ApplyCallback apply_callback = [&apply](bool to_x) { py::gil_scoped_acquire gil; apply(to_x); };
-  const Callback precondition_callback = [&precondition] { py::gil_scoped_acquire gil; precondition(); };
+  const ApplyCallback apply_callback = [&apply](bool to_x) { call_back([&] { apply(to_x); }); };
+  const Callback precondition_callback = [&precondition] { call_back([&] { precondition(); }); };
   switch_float(b, "b", [&]<class T>(T) {
     CgVectors<T> v{b.shape[1], b.shape[0], elements<const T>(b, "b").data(), elements<T>(x, "x").data(),
                    elements<T>(vectors[0], "r").data(), elements<T>(vectors[1], "p").data(),
@@ -106,10 +123,16 @@ void bind_cg(const Operands& operands, const Layout& layout, const Scales& scale
     const CgMonitor monitor = PythonMonitor(user_monitor);
     py::gil_scoped_release nogil;
     for (const Tensor& t : vectors) if (!t.on_cuda()) advise_huge_pages(t.data, t.size() * sizeof(T));
-    if constexpr (cuda_code_built)
-      if (use_cuda_code(b)) return cg_cuda(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
-    (void)use_cuda_code(b);
-    cg_cpu(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
+    try {
+      if constexpr (cuda_code_built)
+        if (use_cuda_code(b)) return cg_cuda(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
+      (void)use_cuda_code(b);
+      cg_cpu(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
+    } catch (const CgInterrupted&) {
+      py::gil_scoped_acquire gil;
+      PyErr_SetNone(PyExc_KeyboardInterrupt);
+      throw py::error_already_set();
+    }
   });
 }
 
@@ -161,28 +184,33 @@ int64_t bind_ic0_factor(const Tensor& crow, const Tensor& col, const Tensor& val
   });
 }
 
-int64_t bind_level_schedule(const Tensor& crow, const Tensor& col, bool upper, const Tensor& pointers, const Tensor& rows) {
+int64_t bind_level_schedule(const Tensor& crow, const Tensor& col, const Tensor& pointers, const Tensor& rows) {
   for (const Tensor* t : {&crow, &col, &pointers, &rows}) require_host(*t, "level_schedule");
   const int64_t n = crow.size() - 1;
   require(pointers.size() == n + 1 && rows.size() == n, "level_schedule: sizes differ");
-  return level_schedule(n, elements<const int32_t>(crow, "crow").data(), elements<const int32_t>(col, "col").data(), upper,
+  return level_schedule(n, elements<const int32_t>(crow, "crow").data(), elements<const int32_t>(col, "col").data(),
                         elements<int32_t>(pointers, "pointers").data(), elements<int32_t>(rows, "rows").data());
 }
 
-void bind_ic0_solve(const Operands& operands, const Layout& layout, const Tensor& r, const Tensor& z, int threads) {
+void bind_ic0_solve(const Operands& operands, const Layout& layout, const Tensor& r, const Tensor& work, const Tensor& z,
+                    int threads) {
   const OperatorArgs args{operands, layout, {1.0}};
   switch_float(r, "r", [&]<class T>(T) {
     const auto M = OperatorReader(args, r).incomplete_cholesky<T>();
     const T* rs = elements<const T>(r, "r").data();
-    T* zs = elements<T>(z, "z").data();
+    T *works = elements<T>(work, "work").data(), *zs = elements<T>(z, "z").data();
     require(M.n > 0 && r.size() % M.n == 0 && z.size() == r.size(), "ic0_solve: r and z must be (batch, n)");
+    require(work.size() == M.n, "ic0_solve: work must have n elements");
     const Exec exec = exec_for(r, threads);
     py::gil_scoped_release nogil;
     for (int64_t k = 0; k < r.size() / M.n; ++k, rs += M.n, zs += M.n) {
       if constexpr (cuda_code_built)
-        if (use_cuda_code(r)) { solve_incomplete_cholesky_cuda(exec, M, rs, zs); continue; }
+        if (use_cuda_code(r)) {
+          solve_incomplete_cholesky_cuda(exec, M, rs, works, zs);
+          continue;
+        }
       (void)use_cuda_code(r);
-      solve_incomplete_cholesky_cpu(exec, M, rs, zs);
+      solve_incomplete_cholesky_cpu(exec, M, rs, works, zs);
     }
   });
 }

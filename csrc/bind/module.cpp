@@ -3,6 +3,9 @@
 
 #include "core/cuda_info.h"
 #include "core/error.h"
+#if defined(KANTOR_EMULATE)
+#include "core/simt.h"
+#endif
 
 namespace py = pybind11;
 
@@ -51,6 +54,10 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
   m.doc() = "Kantor's native kernels. Private: use the functions of the kantor package.";
   m.attr("__version__") = KANTOR_VERSION;
   m.def("build_info", &build_info);
+#if defined(KANTOR_EMULATE)
+  m.attr("schedule_count") = simt::emulator::schedule_count;
+  m.def("set_schedule", &simt::emulator::set_schedule);
+#endif
 #if defined(KANTOR_WITH_CUDA)
   m.def("cuda_device_count", &cuda_device_count);
 #else

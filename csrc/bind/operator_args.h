@@ -66,18 +66,15 @@ class OperatorReader {
     ++scale_;
     require(next() == int64_t(OperatorKind::incomplete_cholesky), "preconditioner: expected an incomplete Cholesky factor");
     IncompleteCholesky<T> M{};
-    M.n = next();
-    M.lower.levels = next(), M.upper.levels = next();
+    M.n = next(), M.levels = next();
     for (TriangularFactor<T>* factor : {&M.lower, &M.upper}) {
       factor->crow = operand<const int32_t>(M.n + 1);
       const int64_t nnz = operand_at(0).size();
       factor->col = operand<const int32_t>(nnz);
       factor->values = operand<const T>(nnz);
     }
-    for (TriangularFactor<T>* factor : {&M.lower, &M.upper}) {
-      factor->level_pointers = operand<const int32_t>(-1);
-      factor->level_rows = operand<const int32_t>(M.n);
-    }
+    M.level_pointers = operand<const int32_t>(M.levels + 1);
+    M.rows = operand<const int32_t>(M.n);
     return M;
   }
 
@@ -103,14 +100,14 @@ class OperatorReader {
     return args_.operands[operand_ + ahead];
   }
 
-  // The next operand's elements; `size` -1 accepts any.
+  // The next operand's elements.
   template <class E>
   E* operand(int64_t size) {
     const Tensor& tensor = operand_at(0);
     ++operand_;
     require_same_device(tensor, like_, "operator and vector");
     const auto span = elements<E>(tensor, "operator");
-    require(size < 0 || static_cast<int64_t>(span.size()) == size, "operator: an operand has the wrong number of elements");
+    require(static_cast<int64_t>(span.size()) == size, "operator: an operand has the wrong number of elements");
     return span.data();
   }
 

@@ -3,8 +3,10 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <thread>
 
 namespace kantor {
 
@@ -48,6 +50,25 @@ void parallel_region(int threads, Body&& body) {
 inline void barrier() {
 #pragma omp barrier
 }
+
+// A barrier for loops with hundreds of short stages: spins for about a microsecond, then offers the processor to others.
+// OpenMP's own either sleeps at once (OMP_WAIT_POLICY=passive: tens of microseconds a stage) or spins for very long.
+class ShortBarrier {
+ public:
+  void wait(int workers) {
+    const int stage = stage_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == workers) {
+      arrived_.store(0, std::memory_order_relaxed);
+      stage_.store(stage + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; stage_.load(std::memory_order_acquire) == stage; ++spins)
+      if (spins > 1000) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int> arrived_{0}, stage_{0};
+};
 
 // body(i) for i in 0..count-1, contiguous shares.
 template <class Body>

@@ -42,7 +42,7 @@ struct CgOptions {
 // One system's scalars. All doubles: the array is the op's `info` output, (batch, cg_state_size) float64.
 struct CgState {
   double status, iterations, residual_norm, b_norm, curvature, history_stride, history_count, restarts;
-  double target_squared, rr, rz, alpha, beta, lambda_max, verified_rr, verified;
+  double target_squared, rr, rz, alpha, beta, lambda_max, verified_rr, verified, pmp;
 
   KANTOR_HD bool running() const { return status == double(CgStatus::running); }
   KANTOR_HD void finish(CgStatus s) { status = double(s); }
@@ -76,7 +76,7 @@ KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double 
   // Outside this range squares, or the iterates in the storage type, under- or overflow: the caller rescales b.
   const bool single = options.epsilon > 1e-10;
   const bool representable = bb > (single ? 1e-40 : 1e-200) && bb < (single ? 1e60 : 1e280);
-  if (!std::isfinite(b_max))
+  if (!std::isfinite(b_max) || std::isnan(bb))
     s.finish(CgStatus::breakdown);
   else if ((b_max > 0 && !representable) || !std::isfinite(rr))
     s.finish(CgStatus::bad_scale);
@@ -94,6 +94,7 @@ KANTOR_HD void cg_after_precondition(CgState& s, double rz) {
   if (rz <= 0) return s.finish(CgStatus::indefinite_preconditioner);
   s.beta = s.rz > 0 ? rz / s.rz : 0;
   s.rz = rz;
+  s.pmp = rz + s.beta * s.beta * s.pmp;  // p'M^-1 p, because r is orthogonal to the previous direction
 }
 
 // After q = A p with pq = p.q and qq = q.q. Step 3: alpha = rz / pq.
@@ -103,15 +104,17 @@ KANTOR_HD void cg_after_apply(CgState& s, const CgOptions& options, double pq, d
   s.alpha = 0;  // a latched system takes no step
   if (!(std::isfinite(pq) && std::isfinite(qq))) return s.finish(CgStatus::breakdown);
   s.curvature = pq;
-  if (pq < 0) return s.finish(CgStatus::negative_curvature);
-  if (pq == 0) return s.finish(CgStatus::singular);
+  // What rounding alone can make of p'Ap. A value within it has no sign: the curvature is zero to working precision. In the
+  // first iteration nothing is known about A, and the sign is taken as it is.
+  const double noise = 8 * options.epsilon * s.lambda_max * s.pmp;
+  if (pq < -noise) return s.finish(CgStatus::negative_curvature);
+  if (pq <= 0) return s.finish(CgStatus::singular);
   const double alpha = s.rz / pq;
   // Diagonal of the Lanczos matrix: a lower bound of the largest eigenvalue of M A, for free.
   s.lambda_max = std::fmax(s.lambda_max, 1 / alpha + (previous_alpha > 0 ? s.beta / previous_alpha : 0));
   // Curvature zero to rounding AND a step that would blow the residual up: A is singular and b not in its range. The size
   // of the curvature alone proves nothing (a badly scaled but solvable system has tiny ones too).
-  if (1 / alpha <= 8 * options.epsilon * s.lambda_max && alpha * alpha * qq > 1e4 * s.rr)
-    return s.finish(CgStatus::singular);
+  if (pq <= noise && alpha * alpha * qq > 1e4 * s.rr) return s.finish(CgStatus::singular);
   s.alpha = alpha;
 }
 
@@ -151,17 +154,27 @@ KANTOR_HD void cg_after_verify(CgState& s, const CgOptions& options, double rr, 
 // status (interrupted, stopped) that ends every running system.
 using CgMonitor = std::function<CgStatus(int64_t iteration, double residual_norm)>;
 
+// Thrown by a callback that Ctrl-C broke off. Leaves conjugate_gradients only when there is no iterate yet, or at the second.
+struct CgInterrupted {};
+
 template <class Space>
 void conjugate_gradients(Space& space, const CgMonitor& monitor) {
   space.start();                      // r = b - A x, b.b, r.r
   int64_t iteration = 0;
   while (space.any_running()) {
-    do {
-      space.precondition();           // z = M r, r.z                             -> beta
-      space.direction_and_apply();    // p = z + beta p, q = A p, p.q             -> alpha, or negative curvature
-      space.update();                 // x += alpha p, r -= alpha q, r.r          -> converged?
-    } while (space.proceed(++iteration, monitor));
-    space.verify();                   // r = b - A x of the systems that stopped; those that drifted run again
+    try {
+      do {
+        space.precondition();         // z = M r, r.z                             -> beta
+        space.direction_and_apply();  // p = z + beta p, q = A p, p.q             -> alpha, or negative curvature
+        space.update();               // x += alpha p, r -= alpha q, r.r          -> converged?
+      } while (space.proceed(++iteration, monitor));
+    } catch (const CgInterrupted&) { space.finish_running(CgStatus::interrupted); }
+    try {
+      space.verify();                 // r = b - A x of the systems that stopped; those that drifted run again
+    } catch (const CgInterrupted&) {  // x stands; only its residual is missing
+      space.finish_running(CgStatus::interrupted);
+      space.verify();
+    }
   }
 }
 

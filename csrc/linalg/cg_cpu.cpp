@@ -52,15 +52,16 @@ class CpuSpace {
     for (int64_t k = 0; k < v_.batch; ++k) {
       const auto first = b_max.begin() + k * chunks_.count();
       double largest = 0;
-      for (auto it = first; it != first + chunks_.count(); ++it) largest = *it <= largest ? largest : *it;  // keeps NaN
+      for (auto it = first; it != first + chunks_.count(); ++it) largest = std::fmax(largest, *it);
       cg_start(v_.states[k], options_, total(0, k), largest, total(1, k), history(k));
     }
   }
 
   void precondition() {
     if (const auto* M = std::get_if<IncompleteCholesky<T>>(&M_)) {
-      for (int64_t k = 0; k < v_.batch; ++k)
-        if (running(k)) solve_incomplete_cholesky_cpu(exec_, *M, v_.r + k * v_.n, v_.z + k * v_.n);
+      for (int64_t k = 0; k < v_.batch; ++k)  // q is free between the update and the next product
+        if (running(k))
+          solve_incomplete_cholesky_cpu(exec_, *M, v_.r + k * v_.n, v_.q + k * v_.n, v_.z + k * v_.n);
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     }
@@ -119,10 +120,13 @@ class CpuSpace {
     double largest = 0;
     for (int64_t k = 0; k < v_.batch; ++k) largest = std::fmax(largest, v_.states[k].rr);
     const CgStatus status = monitor(iteration, std::sqrt(largest));
-    if (status != CgStatus::running)
-      for (int64_t k = 0; k < v_.batch; ++k)
-        if (running(k)) v_.states[k].finish(status);
+    if (status != CgStatus::running) finish_running(status);
     return any_running();
+  }
+
+  void finish_running(CgStatus status) {
+    for (int64_t k = 0; k < v_.batch; ++k)
+      if (running(k)) v_.states[k].finish(status);
   }
 
   void verify() {

@@ -75,39 +75,43 @@ __global__ void residual_product_kernel(Shared shared, int64_t n, const T* r, co
   reduce(shared.reduction, k, sums, [&](double(&total)[1]) { cg_after_precondition(shared.states[k], total[0]); });
 }
 
-// z_i = (right_i - sum of the row's other entries) / its diagonal, for the rows of one level.
+// The rows of one level of L work = r, or (upper) of L' z = work, in place.
 template <class T, bool upper>
-__global__ void triangular_level_kernel(const CgState* states, TriangularFactor<T> L, int32_t first, int32_t count, int64_t n,
-                                        const T* right, T* z) {
+__global__ void triangular_level_kernel(const CgState* states, IncompleteCholesky<T> M, int32_t first, int32_t count,
+                                        const T* r, T* work, T* z) {
   const int64_t k = blockIdx.y;
   if (states && !states[k].running()) return;
-  right += k * n;
-  z += k * n;
+  const TriangularFactor<T> L = upper ? M.upper : M.lower;
+  work += k * M.n;
   simt::grid_stride(count, [&](int64_t index) {
-    const int32_t i = L.level_rows[first + index];
+    const int64_t i = first + index;
     const int32_t begin = L.crow[i] + upper, end = L.crow[i + 1] - !upper;
-    double sum = right[i];
-    for (int32_t entry = begin; entry < end; ++entry) sum -= double(L.values[entry]) * double(z[L.col[entry]]);
-    z[i] = static_cast<T>(sum / double(L.values[upper ? begin - 1 : end]));
+    double sum = upper ? work[i] : r[k * M.n + M.rows[i]];
+    for (int32_t entry = begin; entry < end; ++entry) sum -= double(L.values[entry]) * double(work[L.col[entry]]);
+    const T value = static_cast<T>(sum * double(L.values[upper ? begin - 1 : end]));
+    work[i] = value;
+    if (upper) z[k * M.n + M.rows[i]] = value;
   });
 }
 
 template <class T>
-std::vector<int32_t> host_levels(const Exec& exec, const TriangularFactor<T>& L) {
-  std::vector<int32_t> pointers(static_cast<size_t>(L.levels + 1));
-  simt::copy_to_host(pointers.data(), L.level_pointers, pointers.size() * sizeof(int32_t), exec.stream);
+std::vector<int32_t> host_levels(const Exec& exec, const IncompleteCholesky<T>& M) {
+  std::vector<int32_t> pointers(static_cast<size_t>(M.levels + 1));
+  simt::copy_to_host(pointers.data(), M.level_pointers, pointers.size() * sizeof(int32_t), exec.stream);
   return pointers;
 }
 
-template <class T, bool upper>
-void launch_triangular(const Exec& exec, const CgState* states, const TriangularFactor<T>& L,
-                       const std::vector<int32_t>& levels, int64_t batch, int64_t n, const T* right, T* z) {
-  for (int64_t level = 0; level < L.levels; ++level) {
+// `levels`: the level pointers on the host.
+template <class T>
+void launch_incomplete_cholesky(const Exec& exec, const CgState* states, const IncompleteCholesky<T>& M,
+                                const std::vector<int32_t>& levels, int64_t batch, const T* r, T* work, T* z) {
+  const auto launch = [&](auto kernel, int64_t level) {
     const int32_t first = levels[static_cast<size_t>(level)], count = levels[static_cast<size_t>(level + 1)] - first;
     const dim3 grid(simt::blocks_for(count, threads_per_block), static_cast<unsigned>(batch));
-    SIMT_LAUNCH((triangular_level_kernel<T, upper>), grid, threads_per_block, 0, exec.stream, states, L, first, count, n,
-                right, z);
-  }
+    SIMT_LAUNCH(kernel, grid, threads_per_block, 0, exec.stream, states, M, first, count, r, work, z);
+  };
+  for (int64_t level = 0; level < M.levels; ++level) launch(&triangular_level_kernel<T, false>, level);
+  for (int64_t level = M.levels - 1; level >= 0; --level) launch(&triangular_level_kernel<T, true>, level);
 }
 
 // --- direction: p = z + beta p ---
@@ -279,10 +283,7 @@ class CudaSpace {
     shared_ = {v.states, v.history, options, {tickets, reinterpret_cast<double*>(tickets + (v.batch + 1) / 2 * 2), v.batch}};
     if (const auto* diagonal = std::get_if<Diagonal<T>>(&M)) scaling_ = Scaling::diagonal, d_ = diagonal->values;
     if (std::holds_alternative<std::monostate>(M)) scaling_ = Scaling::identity;
-    if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) {
-      lower_levels_ = host_levels(exec, factor->lower);
-      upper_levels_ = host_levels(exec, factor->upper);
-    }
+    if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) levels_ = host_levels(exec, *factor);
   }
 
   bool any_running() {
@@ -295,8 +296,7 @@ class CudaSpace {
   void precondition() {
     if (scaling_ != Scaling::stored) return;  // r.z came with the update
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M_)) {
-      launch_triangular<T, false>(exec_, v_.states, factor->lower, lower_levels_, v_.batch, v_.n, v_.r, v_.z);
-      launch_triangular<T, true>(exec_, v_.states, factor->upper, upper_levels_, v_.batch, v_.n, v_.z, v_.z);
+      launch_incomplete_cholesky(exec_, v_.states, *factor, levels_, v_.batch, v_.r, v_.q, v_.z);
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     } else {
@@ -336,10 +336,15 @@ class CudaSpace {
     for (const CgState& s : host_) largest = std::fmax(largest, s.rr);
     const CgStatus status = monitor(iteration, std::sqrt(largest));
     if (status == CgStatus::running) return running;
+    finish_running(status);
+    return false;
+  }
+
+  void finish_running(CgStatus status) {
+    if (!any_running()) return;
     for (CgState& s : host_)
       if (s.running()) s.finish(status);
     simt::copy_to_device(v_.states, host_.data(), host_.size() * sizeof(CgState), exec_.stream);
-    return false;
   }
 
   void verify() { residual<Moment::verify>(true); }
@@ -380,7 +385,7 @@ class CudaSpace {
   dim3 grid_;
   Scaling scaling_ = Scaling::stored;
   const T* d_ = nullptr;
-  std::vector<int32_t> lower_levels_, upper_levels_;
+  std::vector<int32_t> levels_;
 };
 
 }  // namespace
@@ -406,16 +411,15 @@ void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply,
 }
 
 template <class T>
-void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* z) {
+void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z) {
   const simt::DeviceGuard guard(exec.device);
-  launch_triangular<T, false>(exec, nullptr, M.lower, host_levels(exec, M.lower), 1, M.n, r, z);
-  launch_triangular<T, true>(exec, nullptr, M.upper, host_levels(exec, M.upper), 1, M.n, z, z);
+  launch_incomplete_cholesky<T>(exec, nullptr, M, host_levels(exec, M), 1, r, work, z);
 }
 
 #define KANTOR_INSTANTIATE(T)                                                                                  \
   template void cg_cuda(const Exec&, const Operator<T>*, const ApplyCallback&, const Preconditioner<T>&,       \
                         const CgVectors<T>&, const CgOptions&, const CgMonitor&);                                                      \
-  template void solve_incomplete_cholesky_cuda(const Exec&, const IncompleteCholesky<T>&, const T*, T*);
+  template void solve_incomplete_cholesky_cuda(const Exec&, const IncompleteCholesky<T>&, const T*, T*, T*);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
 #undef KANTOR_INSTANTIATE

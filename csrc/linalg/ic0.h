@@ -10,8 +10,9 @@ namespace kantor {
 template <class T>
 int64_t ic0_factor(int64_t n, const int32_t* crow, const int32_t* col, const T* values, double shift, T* factor);
 
-// Level schedule of a triangular solve: row i depends on its off-diagonal columns. `rows` (n) lists the rows level by level,
-// `pointers` (n + 1) bounds the levels. Returns the number of levels. `upper` walks the rows from the last.
-int64_t level_schedule(int64_t n, const int32_t* crow, const int32_t* col, bool upper, int32_t* pointers, int32_t* rows);
+// Level schedule of the triangular solves: a row's level is one more than the largest among the rows it depends on. `rows` (n)
+// lists the rows level by level, `pointers` (n + 1) bounds the levels. Returns the number of levels. No two rows of a level
+// are coupled, so the same schedule, walked backwards, serves the transposed factor.
+int64_t level_schedule(int64_t n, const int32_t* crow, const int32_t* col, int32_t* pointers, int32_t* rows);
 
 }  // namespace kantor

@@ -25,32 +25,16 @@ double row_product(const int32_t* col, const T* factor, int32_t i, int32_t i_end
   return sum;
 }
 
-// Row i of the triangular solve; the diagonal is the last entry of a lower row, the first of an upper one.
-template <class T, bool upper>
-inline void solve_row(const TriangularFactor<T>& L, const T* right, T* z, int64_t i) {
-  const int32_t begin = L.crow[i] + upper, end = L.crow[i + 1] - !upper;
-  double sum = right[i];
-  for (int32_t k = begin; k < end; ++k) sum -= double(L.values[k]) * double(z[L.col[k]]);
-  z[i] = static_cast<T>(sum / double(L.values[upper ? begin - 1 : end]));
-}
-
-template <class T, bool upper>
-void solve_triangular(int threads, int64_t n, const TriangularFactor<T>& L, const T* right, T* z) {
-  if (threads <= 1) {
-    if (upper)
-      for (int64_t i = n - 1; i >= 0; --i) solve_row<T, upper>(L, right, z, i);
-    else
-      for (int64_t i = 0; i < n; ++i) solve_row<T, upper>(L, right, z, i);
-    return;
+// body(i) for the stored rows of every level in turn, with a barrier between levels.
+template <bool backwards, class Body>
+void for_each_level(int worker, int workers, ShortBarrier& barrier, int64_t levels, const int32_t* pointers, Body&& body) {
+  for (int64_t step = 0; step < levels; ++step) {
+    const int64_t level = backwards ? levels - 1 - step : step;
+    const int32_t first = pointers[level];
+    const Range mine = share(pointers[level + 1] - first, worker, workers);
+    for (int64_t i = first + mine.begin; i < first + mine.end; ++i) body(i);
+    if (workers > 1) barrier.wait(workers);
   }
-  parallel_region(threads, [&](int worker, int workers) {
-    for (int64_t level = 0; level < L.levels; ++level) {
-      const int32_t first = L.level_pointers[level];
-      const Range mine = share(L.level_pointers[level + 1] - first, worker, workers);
-      for (int64_t k = mine.begin; k < mine.end; ++k) solve_row<T, upper>(L, right, z, L.level_rows[first + k]);
-      barrier();
-    }
-  });
 }
 
 }  // namespace
@@ -73,12 +57,10 @@ int64_t ic0_factor(int64_t n, const int32_t* crow, const int32_t* col, const T* 
   return -1;
 }
 
-int64_t level_schedule(int64_t n, const int32_t* crow, const int32_t* col, bool upper, int32_t* pointers,
-                       int32_t* rows) {
+int64_t level_schedule(int64_t n, const int32_t* crow, const int32_t* col, int32_t* pointers, int32_t* rows) {
   std::vector<int32_t> level(static_cast<size_t>(n));
   int32_t levels = 0;
-  for (int64_t step = 0; step < n; ++step) {
-    const int64_t i = upper ? n - 1 - step : step;
+  for (int64_t i = 0; i < n; ++i) {
     int32_t mine = 0;
     for (int32_t k = crow[i]; k < crow[i + 1]; ++k)
       if (col[k] != i) mine = std::max(mine, level[static_cast<size_t>(col[k])] + 1);
@@ -94,17 +76,38 @@ int64_t level_schedule(int64_t n, const int32_t* crow, const int32_t* col, bool 
 }
 
 template <class T>
-void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* z) {
-  // A level must be worth a barrier: with fewer than 2048 rows a level on average, one thread in natural order is faster.
-  const int64_t levels = std::max<int64_t>(1, std::max(M.lower.levels, M.upper.levels));
-  const int threads = M.n / levels < 2048 ? 1 : threads_for(exec.threads, M.n);
-  solve_triangular<T, false>(threads, M.n, M.lower, r, z);
-  solve_triangular<T, true>(threads, M.n, M.upper, z, z);
+void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z) {
+  // A level must be worth a barrier: with fewer than 1024 rows a level on average, one thread is faster.
+  const int threads = M.n < 1024 * M.levels ? 1 : threads_for(exec.threads, M.n);
+  const TriangularFactor<T>&L = M.lower, &U = M.upper;
+  // The rows of a level lie far apart in r and z, in a pattern the hardware does not foresee.
+  constexpr int64_t ahead = 16;
+  const auto later = [&](int64_t i) { return M.rows[std::min(i + ahead, M.n - 1)]; };
+  ShortBarrier barrier;
+  parallel_region(threads, [&](int worker, int workers) {
+    for_each_level<false>(worker, workers, barrier, M.levels, M.level_pointers, [&](int64_t i) {
+      __builtin_prefetch(r + later(i));
+      const int32_t diagonal = L.crow[i + 1] - 1;
+      double sum = r[M.rows[i]];
+      for (int32_t k = L.crow[i]; k < diagonal; ++k) sum -= double(L.values[k]) * double(work[L.col[k]]);
+      work[i] = static_cast<T>(sum * double(L.values[diagonal]));
+    });
+    for_each_level<true>(worker, workers, barrier, M.levels, M.level_pointers, [&](int64_t i) {
+      __builtin_prefetch(z + later(i), 1);
+      const int32_t diagonal = U.crow[i];
+      double sum = work[i];
+      for (int32_t k = diagonal + 1; k < U.crow[i + 1]; ++k) sum -= double(U.values[k]) * double(work[U.col[k]]);
+      work[i] = static_cast<T>(sum * double(U.values[diagonal]));
+      z[M.rows[i]] = work[i];
+    });
+  });
 }
 
 template int64_t ic0_factor(int64_t, const int32_t*, const int32_t*, const float*, double, float*);
 template int64_t ic0_factor(int64_t, const int32_t*, const int32_t*, const double*, double, double*);
-template void solve_incomplete_cholesky_cpu(const Exec&, const IncompleteCholesky<float>&, const float*, float*);
-template void solve_incomplete_cholesky_cpu(const Exec&, const IncompleteCholesky<double>&, const double*, double*);
+template void solve_incomplete_cholesky_cpu(const Exec&, const IncompleteCholesky<float>&, const float*, float*,
+                                            float*);
+template void solve_incomplete_cholesky_cpu(const Exec&, const IncompleteCholesky<double>&, const double*, double*,
+                                            double*);
 
 }  // namespace kantor

@@ -1,6 +1,6 @@
 // Preconditioners z = M r as the CG family sees them. Encoded like operators (operator.h), plus
-//   incomplete Cholesky  layout [5, n, levels_forward, levels_backward]
-//     operands L: crow, col, values; L': crow, col, values; forward levels: pointers, rows; backward levels: pointers, rows
+//   incomplete Cholesky  layout [5, n, levels]
+//     operands  L: crow, col, values; L': crow, col, values; level pointers (levels + 1); rows (n)
 #pragma once
 #include <functional>
 #include <variant>
@@ -9,22 +9,22 @@
 
 namespace kantor {
 
-// A triangular factor with its level schedule: rows of one level depend on earlier levels only.
 template <class T>
 struct TriangularFactor {
   const int32_t* crow;
   const int32_t* col;
   const T* values;
-  int64_t levels;
-  const int32_t* level_pointers;  // host or device memory, like the rest
-  const int32_t* level_rows;
 };
 
-// M^-1 = L L' with the diagonal stored last in each row of L and first in each row of L'.
+// M^-1 = L L'. The rows are stored level by level: those of one level depend on earlier levels only (in L; on later ones in
+// L'), so they are solved in parallel, and the factor is read in storage order. `rows` tells which row of the matrix each
+// stored row is. The diagonal is stored as its inverse, last in each row of L and first in each row of L'.
 template <class T>
 struct IncompleteCholesky {
-  int64_t n;
+  int64_t n, levels;
   TriangularFactor<T> lower, upper;
+  const int32_t* level_pointers;
+  const int32_t* rows;
 };
 
 // z = M r by calling back into Python: reads vector r, writes vector z.
@@ -34,10 +34,11 @@ using Callback = std::function<void()>;
 template <class T>
 using Preconditioner = std::variant<std::monostate, Diagonal<T>, IncompleteCholesky<T>, Operator<T>, Callback>;
 
-// z = (L L')^-1 r, level by level; L is read twice (nnz words and indices each), r, z: 4 words a row.
+// z = (L L')^-1 r, level by level; `work` holds n elements and may not overlap r or z. 6 words a row beside the factor, which
+// is read twice (lower and upper half).
 template <class T>
-void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* z);
+void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z);
 template <class T>
-void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* z);
+void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z);
 
 }  // namespace kantor

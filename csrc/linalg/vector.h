@@ -13,7 +13,7 @@ double dot(int64_t n, const T* x, const T* y);
 template <class T>
 double weighted_square(int64_t n, const T* d, const T* x);
 
-// max_i |x_i|                                                                              reads 1 word
+// max_i |x_i|, NaN counting as nothing                                                     reads 1 word
 template <class T>
 double max_abs(int64_t n, const T* x);
 

@@ -27,3 +27,6 @@ class ConvergenceError(KantorError):
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.result)  # by itself pickle would pass the message alone

@@ -94,26 +94,40 @@ def _check_is_file(path: Path) -> None:
 def _read_matrix(path: Path) -> CSR:
     _check_is_file(path)
     try:
+        _check_header(path)
         A = CSR.from_mtx(path)
     except (ValueError, TypeError, OSError, MemoryError) as error:
         # The messages of CSR start with the function's name, which means nothing here; some do not name the file.
-        text = str(error).removeprefix("CSR.from_mtx: ").removeprefix(f"{path}: ")
+        text = str(error)
+        for prefix in ("CSR.from_mtx: ", f"{path}: ", "CSR: "):
+            text = text.removeprefix(prefix)
         raise BadInputError(f"{path}: {text or type(error).__name__}") from error
-    rows, columns = A.shape
+    relative, where = A.asymmetry()
+    if relative > _SYMMETRY_TOLERANCE:
+        raise BadInputError(
+            f"{path}: the matrix is not symmetric: the largest difference is {where} (counted from 0). Conjugate "
+            "gradients need a symmetric matrix. If one triangle is stored, say 'symmetric' in the file's first line; "
+            "if the difference is an error, store (A + A') / 2; else use a method for general matrices, such as GMRES."
+        )
+    return A
+
+
+def _check_header(path: Path) -> None:
+    """Find out from the first lines what would make reading the rest of a large file a waste of time."""
+    from scipy.io import mminfo
+
+    try:
+        rows, columns, _, _, field, _ = mminfo(path)
+    except Exception:  # whatever is wrong, reading the file says it better
+        return
+    if field == "pattern":
+        raise BadInputError(f"{path}: a pattern without values; expected real or integer entries")
     if rows != columns:
         raise BadInputError(
             f"{path}: the matrix is {rows} x {columns}; conjugate gradients need a square, symmetric one"
         )
     if rows == 0:
         raise BadInputError(f"{path}: the matrix has no rows")
-    relative, where = A.asymmetry()
-    if relative > _SYMMETRY_TOLERANCE:
-        raise BadInputError(
-            f"{path}: the matrix is not symmetric: the largest difference is {where} (counted from 0). "
-            "Conjugate gradients need a symmetric matrix: if only one triangle is stored, say 'symmetric' in the file's first line; if the "
-            "difference is an error, store (A + A') / 2; else use a method for general matrices, such as GMRES"
-        )
-    return A
 
 
 def _read_rhs(path: Path, n: int) -> Array:

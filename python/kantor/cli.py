@@ -27,6 +27,7 @@ from kantor import _C, KantorError
 from kantor._progress import log_fraction
 from kantor._solve_files import BadInputError, System, check_output, read_system, write_solution
 from kantor.linalg import CSR, LinearOperator, SolveResult, SolveStatus, cg, ic0, jacobi
+from kantor.plotting import new_axes, save_figure
 
 try:
     import typer
@@ -172,8 +173,6 @@ def solve(
             check_output(output)
         if plot is not None:
             check_output(plot, _PLOT_SUFFIXES)
-            from kantor.plotting import new_axes
-
             new_axes()  # a missing matplotlib shows now, not after the solve
         if threads is not None:
             torch.set_num_threads(threads)
@@ -186,7 +185,7 @@ def solve(
         if output is not None:
             write_solution(output, system.in_file_shape(result.x))
         if plot is not None:
-            result.plot().figure.savefig(plot)
+            save_figure(result.plot(), plot)
         outcome = _outcome(system, result) | {
             "matrix": str(matrix),
             "rhs": "ones" if rhs is None else str(rhs),
@@ -215,22 +214,25 @@ def _build_preconditioner(choice: Preconditioner, A: CSR) -> tuple[LinearOperato
         return None, "none", ""
     if choice is Preconditioner.auto and A.shape[0] <= _TINY:
         return None, "none", f"{A.shape[0]} unknowns need none"
-    reasons = []
+    failures: dict[str, str] = {}
     for name, build in (("ic0", ic0), ("jacobi", jacobi)):
         if choice.value not in ("auto", name):
             continue
         try:
             M = build(A)
         except (ValueError, KantorError) as error:
-            reasons.append(str(error))
+            failures[name] = str(error).removeprefix(f"{name}: A: ")
             continue
         shift = getattr(M, "shift", 0.0)
-        if shift:
-            reasons.append(f"the factorisation needed the diagonal scaled by {1 + shift:g}")
-        return M, name, "; ".join(reasons)
+        note = f"the factorisation needed the diagonal scaled by {1 + shift:g}" if shift else ""
+        return M, name, note or _because(failures)
     if choice is not Preconditioner.auto:
-        raise BadInputError(f"--preconditioner {choice.value}: {reasons[0]}")
-    return None, "none", "; ".join(reasons)
+        raise BadInputError(f"--preconditioner {choice.value}: {failures[choice.value]}")
+    return None, "none", _because(failures)
+
+
+def _because(failures: dict[str, str]) -> str:
+    return "; ".join(f"no {name}: {reason}" for name, reason in failures.items())
 
 
 def _run_cg(
@@ -396,7 +398,7 @@ def demo(
 
 
 def _print_report(console: Console, report: Any) -> None:
-    table = Table(box=None)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for column, name in enumerate(report.table.header):
         table.add_column(escape(name), justify="right" if column in report.table.numeric else "left")
     for row in report.table.rows:

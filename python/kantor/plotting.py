@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
@@ -39,6 +41,12 @@ def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
     return axes
 
 
+def save_figure(ax: Axes, path: str | Path) -> None:
+    """Write the figure that ``ax`` belongs to; the suffix of ``path`` chooses the format."""
+    figure: Any = ax.figure  # axes of a subfigure would have no savefig; new_axes makes none
+    figure.savefig(path)
+
+
 def plot_convergence(
     history: ConvergenceHistory,
     ax: Axes | None = None,
@@ -66,7 +74,7 @@ def plot_convergence(
     Returns
     -------
     matplotlib Axes
-        ``ax.figure.savefig(path)`` writes the picture.
+        ``save_figure(ax, path)`` writes the picture.
 
     Raises
     ------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def load_photographs(scale: int = 1) -> dict[str, Image]:
         scikit-image or scikit-learn is missing; the message names the extra to install.
     """
     try:
-        import skimage.data
+        import skimage
         from PIL import Image as Pillow
     except ImportError as error:
         raise ImportError(f'the demo needs {error.name}: pip install "kantor[demo]"') from error
@@ -37,12 +37,13 @@ def load_photographs(scale: int = 1) -> dict[str, Image]:
     if sklearn is None or sklearn.origin is None:
         raise ImportError('the demo needs scikit-learn: pip install "kantor[demo]"')
     lake = Path(sklearn.origin).parent / "datasets" / "images" / "china.jpg"
+    data: Any = skimage.data  # loaded on first use; it has no type hints
     photographs = {
-        "cat": skimage.data.chelsea(),
-        "astronaut": skimage.data.astronaut(),
-        "launch": skimage.data.rocket(),
-        "galaxies": skimage.data.hubble_deep_field(),
-        "coffee": skimage.data.coffee(),
+        "cat": data.chelsea(),
+        "astronaut": data.astronaut(),
+        "launch": data.rocket(),
+        "galaxies": data.hubble_deep_field(),
+        "coffee": data.coffee(),
         "lake": np.asarray(Pillow.open(lake)),
     }
     return {name: shrink(np.asarray(pixels, dtype=np.float64) / 255, scale) for name, pixels in photographs.items()}

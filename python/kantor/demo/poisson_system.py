@@ -68,7 +68,8 @@ def region_system(mask: Mask) -> RegionSystem:
     stored = np.insert(unknown, 2, True, axis=1)
     values = np.insert(np.full((n, 4), -1.0), 2, inside.sum(axis=1), axis=1)
     crow = np.concatenate([[0], np.cumsum(stored.sum(axis=1))])
-    matrix = CSR(*(torch.from_numpy(array) for array in (crow, columns[stored], values[stored])), (n, n))
+    entries = torch.from_numpy(columns[stored]), torch.from_numpy(values[stored])
+    matrix = CSR(torch.from_numpy(crow), *entries, (n, n))
     return RegionSystem(matrix, y * width + x, neighbours, inside, inside & ~unknown)
 
 

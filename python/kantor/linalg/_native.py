@@ -232,7 +232,12 @@ def run_cg(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the native loop on b (..., n); `apply` and `precondition` stand in for A and M, called on (..., n)."""
     shape, n = b.shape, b.shape[-1]
-    b2 = b.resolve_neg().reshape(-1, n).contiguous() if n else b.reshape(0, 0)
+    if b.numel() == 0:  # nothing to solve: no system, or systems without unknowns
+        x, p, info, history = _cg_fake(*A, *M, b, x0, rtol, atol, maxiter)
+        info = info.zero_()
+        info[..., STATUS] = info[..., HISTORY_STRIDE] = 1
+        return x, p, info, history.zero_()
+    b2 = b.resolve_neg().reshape(-1, n).contiguous()
     batch = b2.shape[0]
     x = torch.zeros_like(b2) if x0 is None else x0.resolve_neg().reshape(b2.shape).clone()
     p = torch.zeros_like(b2)  # zero, not empty: it is returned, also for systems that take no step
@@ -338,7 +343,7 @@ cg = declare(
 def _ic0_solve_forward(operands: list[Tensor], layout: list[int], r: Tensor) -> Tensor:
     z = torch.empty_like(r)
     if r.numel():
-        backend().ic0_solve(operands, layout, r, z, torch.get_num_threads())
+        backend().ic0_solve(operands, layout, r, r.new_empty(layout[1]), z, torch.get_num_threads())
     return z
 
 

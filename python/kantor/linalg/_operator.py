@@ -78,6 +78,11 @@ class LinearOperator:
         check_tensor(x, f"{type(self).__name__} @ x", "x")
         if x.ndim > 2:
             raise ValueError(f"A @ x: expected one or two dimensions, got {x.ndim}; use A.matvec for batches")
+        if x.shape[:1] != (self.shape[1],):
+            raise ValueError(
+                f"A @ x: x: expected shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(x.shape)}; use A.matvec for "
+                "rows and for vectors shaped like a grid"
+            )
         return self.matvec(x.mT).mT if x.ndim == 2 else self.matvec(x)
 
     @property
@@ -235,8 +240,14 @@ class Sum(LinearOperator):
         return Sum([(scale, term.to(dtype)) for scale, term in self.terms])
 
     def asymmetry(self) -> tuple[float, str]:
-        """Return the largest relative asymmetry of the terms."""
-        return max((term.asymmetry() for _, term in self.terms), key=lambda pair: pair[0])
+        """Return the largest asymmetry of the terms; when it is not small, that of the sum, whose terms may make up for it."""
+        worst = max((term.asymmetry() for _, term in self.terms), key=lambda pair: pair[0])
+        if worst[0] <= 1e2 * torch.finfo(self.dtype).eps:
+            return worst
+        try:
+            return self.to_csr().asymmetry()
+        except TypeError:  # a term without entries
+            return self._asymmetry_by_probe()
 
 
 def as_operator(A: Any, *, like: Tensor | None = None) -> LinearOperator:

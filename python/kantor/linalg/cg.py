@@ -12,6 +12,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable as CallableType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,9 +145,11 @@ def cg(
     limit = 10 * flat.shape[-1] if maxiter is None else int(maxiter)
     problem = _Problem(operator, preconditioner, flat, start, float(rtol), float(atol), limit)
 
-    if not is_readable(flat):
+    if not all(is_readable(tensor) for tensor in problem.tensors):
         x, direction, _, _ = problem.solve_traced()
         return _unchecked(restore(x))
+    if not problem.is_native and any(map(torch._C._functorch.is_functorch_wrapped_tensor, problem.tensors)):
+        raise TypeError("cg: inside torch.func operator and preconditioner must be native; torch.autograd takes callables")
 
     started = time.perf_counter()
     wants_gradient = torch.is_grad_enabled() and (
@@ -180,18 +184,29 @@ class _Problem:
     atol: float
     maxiter: int
 
+    @property
+    def is_native(self) -> bool:
+        return self.A.is_native and (self.M is None or self.M.is_native)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the native code gets to see."""
+        operators = [operator for operator in (self.A, self.M) if operator is not None and operator.is_native]
+        vectors = [self.b] if self.x0 is None else [self.b, self.x0]
+        return [*vectors, *(tensor for operator in operators for tensor in operator.encode().operands)]
+
     def solve_traced(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inside torch.compile, export or vmap: the operator alone, no value is looked at."""
-        if not self.A.is_native or (self.M is not None and not self.M.is_native):
+        if not self.is_native:
             raise TypeError("cg: inside torch.compile or torch.vmap the operator and preconditioner must be native")
         return self._native(self.b, self.x0, self.atol, self.maxiter)
 
     def solve(self, storage: torch.dtype | None, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        native = self.A.is_native and (self.M is None or self.M.is_native)
-        if native and storage in (None, self.b.dtype):
+        refine = storage not in (None, self.b.dtype) and self.b.numel() > 0
+        if self.is_native and not refine:
             return self._in_range(self._native)
         with torch.no_grad():
-            x, direction, info, history = self._refined(storage) if storage is not None else self._in_range(self._called)
+            x, direction, info, history = self._refined(storage) if refine else self._in_range(self._called)
         return (self._attach_gradient(x) if wants_gradient else x), direction, info, history
 
     def _native(self, b: Tensor, x0: Tensor | None, atol: float, maxiter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -209,69 +224,88 @@ class _Problem:
         M = _NONE if self.M is None or precondition is not None else self.M.encode()
         return run_cg(A, M, b, x0, self.rtol, atol, maxiter, apply=apply, precondition=precondition)
 
+    def _start(self) -> Tensor | None:
+        """x0, or zero for the systems whose solution is zero: no relative tolerance could be met on the way there."""
+        if self.x0 is None or self.atol > 0:
+            return self.x0
+        return torch.where((self.b == 0).all(-1, keepdim=True), torch.zeros_like(self.x0), self.x0)
+
     def _in_range(self, solver: CallableType[..., Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Solve; if squares of b under- or overflow, solve for b times a power of two instead."""
-        x0 = self.x0
-        if x0 is not None and self.atol == 0:
-            # A zero right-hand side has the solution zero; no relative tolerance could be met on the way there.
-            x0 = torch.where((self.b == 0).all(-1, keepdim=True), torch.zeros_like(x0), x0)
+        """Solve; where squares of b under- or overflow, solve for b times a power of two instead."""
+        x0 = self._start()
         x, direction, info, history = solver(self.b, x0, self.atol, self.maxiter)
         if bool((info[..., _native.STATUS] >= _native.BREAKDOWN).any()):
             check_finite(self.b, "cg", "b")
             if x0 is not None:
                 check_finite(x0, "cg", "x0")
-        if not bool((info[..., _native.STATUS] == _native.BAD_SCALE).any()):
+        bad = info.detach()[..., _native.STATUS, None] == _native.BAD_SCALE
+        if not bool(bad.any()):
             return x, direction, info, history
-        largest = max(float(self.b.detach().abs().max()), 0.0 if x0 is None else float(x0.detach().abs().max()))
-        exponent = -math.frexp(largest)[1] if largest > 0 else 0
-        up, down = (lambda t: torch.ldexp(t, torch.tensor(exponent))), (lambda t: torch.ldexp(t, torch.tensor(-exponent)))
+        exponents = torch.where(bad, _exponents(self.b, x0), 0)
+        if self.atol > 0:  # one tolerance for all systems allows one scale only
+            exponents = torch.full_like(exponents, int(exponents[bad].max()))
+        atol = _scaled(torch.tensor(self.atol, dtype=torch.float64), -exponents.flatten()[0]).item()
         x, direction, info, history = solver(
-            up(self.b), None if x0 is None else up(x0), math.ldexp(self.atol, exponent), self.maxiter
+            _scaled(self.b, -exponents), None if x0 is None else _scaled(x0, -exponents), atol, self.maxiter
         )
         if bool((info[..., _native.STATUS] == _native.BAD_SCALE).any()):
             raise ValueError(
-                "cg: b: the right-hand sides of the batch differ too much in size for one dtype; solve them separately"
+                "cg: b: expected right-hand sides (and x0) of comparable size, got sizes that no common scale brings into the "
+                "range of the dtype; solve them separately, with rtol alone, or start from zero"
             )
+        norms = [_native.RESIDUAL_NORM, _native.B_NORM]
         info = info.clone()
-        info[..., [_native.RESIDUAL_NORM, _native.B_NORM]] = down(info[..., [_native.RESIDUAL_NORM, _native.B_NORM]])
-        return down(x), direction, info, down(history)
+        info[..., norms] = _scaled(info[..., norms], exponents)
+        return _scaled(x, exponents), direction, info, _scaled(history, exponents)
 
-    def _refined(self, storage: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _refined(self, storage: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Iterative refinement: corrections by cg in `storage` precision, residuals in the dtype of b."""
+        assert storage is not None
         A = self.A.to(storage)
         M = None if self.M is None else self.M.to(storage)
-        x = torch.zeros_like(self.b) if self.x0 is None else self.x0.clone()
-        b_norm = self.b.norm(dim=-1)
-        check_finite(b_norm, "cg", "|b|")
-        target = torch.clamp(self.rtol * b_norm, min=self.atol)
-        residual = self.b - self.A.matvec(x) if self.x0 is not None else self.b
+        check_finite(self.b, "cg", "b")
+        x0 = self._start()
+        if x0 is not None:
+            check_finite(x0, "cg", "x0")
+        exponents = _exponents(self.b, x0)  # every system is solved at size one, out of reach of under- and overflow
+        b = _scaled(self.b, -exponents)
+        x = torch.zeros_like(b) if x0 is None else _scaled(x0, -exponents)
+        b_norm = b.norm(dim=-1)
+        atol = _scaled(torch.full_like(b_norm, self.atol).unsqueeze(-1), -exponents).squeeze(-1)
+        target = torch.maximum(self.rtol * b_norm, atol)
+        residual = b - self.A.matvec(x) if x0 is not None else b
         norm = residual.norm(dim=-1)
         used = 0
-        histories: list[Tensor] = []
+        legs: list[tuple[Tensor, Tensor]] = []
         while True:
             scale = torch.where(norm > 0, norm, torch.ones_like(norm)).unsqueeze(-1)
             needed = torch.where(norm > target, target / (2 * norm), torch.ones_like(norm)).amin().item()
             inner_rtol = min(max(needed, 16 * torch.finfo(storage).eps), 1.0)
             inner = _Problem(A, M, (residual / scale).to(storage), None, inner_rtol, 0.0, self.maxiter - used)
-            correction, direction, info, history = inner._in_range(inner._called)
+            with _shifted_monitor(used, float(_scaled(scale, exponents).max())):
+                correction, direction, info, history = inner._in_range(inner._native if inner.is_native else inner._called)
             x = x + correction.to(x.dtype) * scale
             used += int(info[..., _native.ITERATIONS].max())
-            residual = self.b - self.A.matvec(x)
+            residual = b - self.A.matvec(x)
             previous, norm = norm, residual.norm(dim=-1)
-            histories.append(history * scale.to(history.dtype))
+            legs.append((history * scale, info))
             met = norm <= target
-            info = info.clone()
             status = info[..., _native.STATUS]
+            # A leg that stagnates has reached the rounding level of `storage`; the next one starts from a new residual.
+            ended = (status > 2) & (status != 5)
             gained = bool((norm < 0.5 * previous)[~met].all())
-            finished = bool(met.all()) or used >= self.maxiter or not gained or bool((status > 2).any())
-            if finished:
-                final = torch.where(met, 1.0, torch.where(status > 2, status, 2.0 if used >= self.maxiter else 5.0))
-                info[..., _native.STATUS] = final.to(info.dtype)
-                info[..., _native.ITERATIONS] = used
-                info[..., _native.RESIDUAL_NORM], info[..., _native.B_NORM] = norm, b_norm
-                info[..., _native.RESTARTS] = len(histories) - 1
-                merged, strides = _merge_histories(histories, info)
-                return x, direction.to(x.dtype), strides, merged
+            if bool(met.all()) or used >= self.maxiter or not gained or bool(ended.any()):
+                break
+        info = info.clone()
+        unmet = torch.where(ended, status, 2.0 if used >= self.maxiter else 5.0)
+        info[..., _native.STATUS] = torch.where(met, 1.0, unmet)
+        info[..., _native.ITERATIONS], info[..., _native.RESTARTS] = used, len(legs) - 1
+        info[..., _native.RESIDUAL_NORM], info[..., _native.B_NORM] = norm, b_norm
+        norms = [_native.RESIDUAL_NORM, _native.B_NORM]
+        info[..., norms] = _scaled(info[..., norms], exponents)
+        merged, stride = _merge_histories(legs)
+        info[..., _native.HISTORY_COUNT], info[..., _native.HISTORY_STRIDE] = merged.shape[-1], stride
+        return _scaled(x, exponents), direction.to(x.dtype), info, _scaled(merged, exponents)
 
     def _attach_gradient(self, x: Tensor) -> Tensor:
         """Give the solution its implicit derivative: x + A^-1 (b - A x), whose second part is zero."""
@@ -297,15 +331,49 @@ class _CallableSolve(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         problem: _Problem = ctx.problem
         rtol = problem.rtol if problem.rtol > 0 else 10 * torch.finfo(grad.dtype).eps
-        adjoint = _Problem(problem.A, problem.M, grad, None, rtol, 0.0, max(problem.maxiter, 1))
+        adjoint = _Problem(problem.A, problem.M, grad, None, rtol, 0.0, problem.maxiter or 10 * grad.shape[-1])
         return adjoint._in_range(adjoint._called)[0], None
 
 
-def _merge_histories(histories: list[Tensor], info: Tensor) -> tuple[Tensor, Tensor]:
-    """One history per system from the legs of a refinement; legs keep every iterate unless they are very long."""
-    merged = torch.cat([h[..., : max(1, int((h > 0).sum(-1).max()))] for h in histories], -1)
-    info[..., _native.HISTORY_COUNT] = merged.shape[-1]
-    return merged, info
+def _exponents(b: Tensor, x0: Tensor | None) -> Tensor:
+    """Per system the power of two next to its largest entry, shape (..., 1); 0 for a system of zeros."""
+    largest = b.detach().abs().amax(-1, keepdim=True)
+    if x0 is not None:
+        largest = torch.maximum(largest, x0.detach().abs().amax(-1, keepdim=True))
+    return torch.frexp(largest).exponent
+
+
+def _scaled(t: Tensor, exponents: Tensor) -> Tensor:
+    """t times powers of two, in two steps: the power itself may be out of range."""
+    exponents = exponents.to(t.dtype)  # so that no version of torch forms the power in single precision
+    half = torch.div(exponents, 2, rounding_mode="floor")
+    return torch.ldexp(torch.ldexp(t, half), exponents - half)
+
+
+@contextmanager
+def _shifted_monitor(iterations: int, scale: float) -> Iterator[None]:
+    """Inside, the monitor sees a part of a solve, which starts after `iterations` and whose residuals are scaled."""
+    outer = hooks.get()
+    monitor = outer.monitor
+    shifted = None if monitor is None else lambda k, norm: monitor(iterations + k, norm * scale)
+    token = hooks.set(Hooks(shifted, outer.return_on_interrupt))
+    try:
+        yield
+    finally:
+        hooks.reset(token)
+
+
+def _merge_histories(legs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
+    """One history per system from the legs of a refinement, and its stride. A system that waits repeats its last norm."""
+    parts = []
+    for number, (history, info) in enumerate(legs):
+        steps = torch.arange(min(number, 1), int(info[..., _native.ITERATIONS].max()) + 1, device=history.device)
+        slots = torch.div(steps, info[..., _native.HISTORY_STRIDE].unsqueeze(-1), rounding_mode="floor")
+        last = info[..., _native.HISTORY_COUNT].unsqueeze(-1) - 1
+        parts.append(history.gather(-1, torch.minimum(slots, last).long()))
+    merged = torch.cat(parts, -1)
+    stride = 1 + (merged.shape[-1] - 1) // 4096
+    return merged[..., ::stride], stride
 
 
 def _flatten(operator: LinearOperator, b: Tensor) -> tuple[Tensor, CallableType[[Tensor], Tensor]]:
@@ -336,7 +404,7 @@ def _check_arguments(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, int | float) and 0 <= value < math.inf):
             raise ValueError(f"cg: {name}: expected a finite number >= 0, got {value!r}")
-    if maxiter is not None and (not isinstance(maxiter, int) or maxiter < 0):
+    if maxiter is not None and (not isinstance(maxiter, int | np.integer) or maxiter < 0):
         raise ValueError(f"cg: maxiter: expected an integer >= 0, got {maxiter!r}")
     if storage is not None and not (storage is torch.float32 and b.dtype is torch.float64) and storage is not b.dtype:
         raise ValueError(f"cg: storage: expected torch.float32 with a float64 system, got {storage} with {b.dtype}")

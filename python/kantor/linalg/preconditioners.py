@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kantor import _C
-from kantor._checks import host
+from kantor._checks import host, is_readable
 from kantor._errors import NumericalBreakdown
 from kantor.linalg import _native
 from kantor.linalg._native import INCOMPLETE_CHOLESKY, Encoded
@@ -34,7 +34,7 @@ def jacobi(A: Any) -> Diagonal:
         The operator does not know its diagonal.
     """
     diagonal = as_operator(A).diagonal().detach()
-    if bool((diagonal <= 0).any()):
+    if is_readable(diagonal) and bool((diagonal <= 0).any()):
         row = int((diagonal <= 0).nonzero()[0])
         raise ValueError(
             f"jacobi: A: diagonal entry {row} is {float(diagonal[row]):g}; a symmetric positive definite matrix has a "
@@ -50,18 +50,18 @@ class IncompleteCholesky(LinearOperator):
     ----------
     shift : float
         The diagonal of A was multiplied by ``1 + shift`` before the factorisation (0 unless it broke down without).
-    levels : tuple of int
-        Levels of the forward and backward triangular solves: rows of one level are solved in parallel.
+    levels : int
+        Levels of the triangular solves: rows of one level are solved in parallel.
     """
 
     def __init__(self, encoded: Encoded, n: int, shift: float, dtype: torch.dtype, device: torch.device) -> None:
         self._encoded = encoded
         self.shape, self.dtype, self.device = (n, n), dtype, device
         self.shift = shift
-        self.levels = (encoded.layout[2], encoded.layout[3])
+        self.levels = encoded.layout[2]
 
     def encode(self) -> Encoded:
-        """The factor, its transpose and their level schedules."""
+        """The factor, its transpose and their level schedule."""
         return self._encoded
 
     def _apply(self, x: Tensor) -> Tensor:
@@ -130,17 +130,27 @@ def ic0(A: Any) -> IncompleteCholesky:
             f"ic0: A: the pivot of row {row} is not positive even with the diagonal scaled by 11: A is not positive "
             "definite or far from diagonally dominant; use M='jacobi' or none"
         )
+    pointers, order = torch.empty(n + 1, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    levels = int(_C.level_schedule(l_crow, l_col, pointers, order))
+    l_crow, l_col, factor = _reorder(l_crow, l_col, factor, order.long())
+    factor[l_crow[1:].long() - 1] = 1 / factor[l_crow[1:].long() - 1]
     u_crow, u_col, permutation = torch.empty_like(l_crow), torch.empty_like(l_col), torch.empty_like(l_col)
     _C.csr_transpose(l_crow, l_col, u_crow, u_col, permutation)
-    operands = [l_crow, l_col, factor, u_crow, u_col, factor[permutation.long()]]
-    levels = []
-    for upper, (factor_crow, factor_col) in enumerate([(l_crow, l_col), (u_crow, u_col)]):
-        pointers, level_rows = torch.empty(n + 1, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
-        levels.append(int(_C.level_schedule(factor_crow, factor_col, bool(upper), pointers, level_rows)))
-        operands += [pointers[: levels[-1] + 1].clone(), level_rows]
-    layout = [INCOMPLETE_CHOLESKY, n, *levels]
-    encoded = Encoded([t.to(matrix.device) for t in operands], layout, [1.0])
+    upper = factor[permutation.long()]
+    operands = [l_crow, l_col, factor, u_crow, u_col, upper, pointers[: levels + 1].clone(), order]
+    encoded = Encoded([t.to(matrix.device) for t in operands], [INCOMPLETE_CHOLESKY, n, levels], [1.0])
     return IncompleteCholesky(encoded, n, shift, matrix.dtype, matrix.device)
+
+
+def _reorder(crow: Tensor, col: Tensor, values: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply a symmetric permutation; entries keep their order within a row, so that the diagonal stays last."""
+    counts = crow.diff().long()[order]
+    new_crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    within = torch.arange(col.numel()) - torch.repeat_interleave(new_crow[:-1], counts)
+    source = torch.repeat_interleave(crow[:-1].long()[order], counts) + within
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel())
+    return new_crow.int(), rank[col.long()[source]].int(), values[source].contiguous()
 
 
 def as_preconditioner(M: Any, A: LinearOperator, like: Tensor) -> LinearOperator | None:
