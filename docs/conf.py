@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -37,12 +38,15 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
-doctest_global_setup = """
-import warnings
+root = Path(__file__).resolve().parent.parent
+doctest_global_setup = f"""
+import os, pathlib, warnings
 import torch
+ROOT = pathlib.Path({str(root)!r})
 torch.manual_seed(0)
 warnings.simplefilter("ignore")  # a solve that does not converge warns; the pages show its result instead
 """
+doctest_global_cleanup = "os.chdir(ROOT)"
 doctest_test_doctest_blocks = "default"
 
 sphinx_gallery_conf = {

@@ -58,6 +58,7 @@ class CpuSpace {
   }
 
   void precondition() {
+    const auto running_systems = [this](int64_t k) { return running(k); };
     if (const auto* M = std::get_if<IncompleteCholesky<T>>(&M_)) {
       for (int64_t k = 0; k < v_.batch; ++k)  // q is free between the update and the next product
         if (running(k))
@@ -65,22 +66,20 @@ class CpuSpace {
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     }
-    const auto* M = std::get_if<Operator<T>>(&M_);
-    if (!std::holds_alternative<std::monostate>(M_)) {
-      each_block([this](int64_t k) { return running(k); },
-                 [&](int64_t k, int64_t chunk, Range rows) {
-                   const T* r = v_.r + k * v_.n + rows.begin;
-                   T* z = v_.z + k * v_.n + rows.begin;
-                   if (scaling_) {
-                     sum(0, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, r);
-                   } else {
-                     if (M) apply_rows(*M, v_.r + k * v_.n, z, rows);
-                     sum(0, k, chunk) += dot(rows.size(), r, z);
-                   }
-                 });
+    if (scaling_ && !scaled_sums_ready_) {
+      each_block(running_systems, [&](int64_t k, int64_t chunk, Range rows) {
+        sum(1, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + k * v_.n + rows.begin);
+      });
+    } else if (!scaling_ && !std::holds_alternative<std::monostate>(M_)) {
+      const auto* M = std::get_if<Operator<T>>(&M_);
+      each_block(running_systems, [&](int64_t k, int64_t chunk, Range rows) {
+        const int64_t at = k * v_.n + rows.begin;
+        if (M) apply_rows(*M, v_.r + k * v_.n, v_.z + at, rows);
+        sum(1, k, chunk) += dot(rows.size(), v_.r + at, v_.z + at);
+      });
     }
     for (int64_t k = 0; k < v_.batch; ++k)
-      cg_after_precondition(v_.states[k], std::holds_alternative<std::monostate>(M_) ? v_.states[k].rr : total(0, k));
+      cg_after_precondition(v_.states[k], std::holds_alternative<std::monostate>(M_) ? v_.states[k].rr : total(1, k));
   }
 
   void direction_and_apply() {
@@ -103,7 +102,7 @@ class CpuSpace {
     each_block([this](int64_t k) { return running(k); },
                [&](int64_t k, int64_t chunk, Range rows) {
                  const int64_t at = k * v_.n + rows.begin;
-                 T scratch[block_size];
+                 alignas(64) T scratch[block_size];
                  const T* q = v_.q + at;
                  if (recompute_) {
                    apply_rows(*A_, v_.p + k * v_.n, scratch, rows);
@@ -111,7 +110,9 @@ class CpuSpace {
                  }
                  const T alpha = static_cast<T>(v_.states[k].alpha);
                  sum(0, k, chunk) += update_iterate(rows.size(), alpha, v_.p + at, q, v_.x + at, v_.r + at);
+                 if (scaling_) sum(1, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + at);
                });
+    scaled_sums_ready_ = true;
     for (int64_t k = 0; k < v_.batch; ++k) cg_after_update(v_.states[k], options_, total(0, k), history(k));
   }
 
@@ -217,7 +218,7 @@ class CpuSpace {
         frontier = std::max(frontier, needed);
         for (int64_t k = systems.begin; k < systems.end; ++k) {
           if (!running(k)) continue;
-          T scratch[block_size];
+          alignas(64) T scratch[block_size];
           T* q = recompute_ ? scratch : v_.q + k * v_.n + block.begin;
           apply_rows(*A_, v_.p + k * v_.n, q, block);
           add_products(k, chunk, block, q);
@@ -241,10 +242,11 @@ class CpuSpace {
         }
     });
     first_residual_ = false;
+    scaled_sums_ready_ = false;
   }
 
   void residual_block(int64_t k, int64_t chunk, Range rows) {
-    double product[block_size];
+    alignas(64) double product[block_size];
     if (v_.zero_start && first_residual_)
       std::fill_n(product, rows.size(), 0.0);
     else if (A_)
@@ -266,6 +268,7 @@ class CpuSpace {
   int threads_ = 1;
   bool recompute_ = false;
   bool first_residual_ = true;
+  bool scaled_sums_ready_ = false;  // sum 1 holds r.z for the diagonal preconditioner
   const T* scaling_ = nullptr;  // diagonal preconditioner: z = scaling * r is never stored
   std::vector<double> sums_;    // two partial sums a chunk and system
 };

@@ -51,9 +51,10 @@ struct StencilWeights {
   Out diagonal, below, above, front, back, x;
 };
 
+// Cells begin..end-1, all with a left and a right neighbour in memory; y[i] belongs to cell i.
 template <class Out, class T>
-KANTOR_SIMD void stencil_interior(const GridRow<T>& row, const StencilWeights<Out>& weights, int64_t begin, int64_t end,
-                                  Out* __restrict y, bool accumulate) {
+KANTOR_SIMD void stencil_cells(const GridRow<T>& row, const StencilWeights<Out>& weights, int64_t begin, int64_t end,
+                               Out* __restrict y, bool accumulate) {
   // Local copies: the compiler cannot tell that the members do not change while y is written.
   const T *c = row.centre, *below = row.below, *above = row.above, *front = row.front, *back = row.back;
   const StencilWeights<Out> w = weights;
@@ -67,22 +68,39 @@ KANTOR_SIMD void stencil_interior(const GridRow<T>& row, const StencilWeights<Ou
              ((w.front * Out(front[i]) + w.back * Out(back[i])) + (w.below * Out(below[i]) + w.above * Out(above[i])));
 }
 
-// Cells begin..end-1 of one grid row of nx cells; y[i] belongs to cell i.
+// The first (left) or last cell of a grid row of nx cells.
 template <class Out, class T>
-void stencil_row(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, int64_t nx, int64_t begin,
-                 int64_t end, Out* y, bool accumulate) {
-  const auto border = [&](int64_t i) {
-    const Out outside = neumann_x ? Out(row.centre[i]) : Out(0);
-    const Out left = i > 0 ? Out(row.centre[i - 1]) : outside, right = i + 1 < nx ? Out(row.centre[i + 1]) : outside;
-    const Out value = (w.diagonal * Out(row.centre[i]) - w.x * (left + right)) -
-                      ((w.front * Out(row.front[i]) + w.back * Out(row.back[i])) +
-                       (w.below * Out(row.below[i]) + w.above * Out(row.above[i])));
-    y[i] = accumulate ? y[i] + value : value;
-  };
-  const int64_t first = std::max<int64_t>(begin, 1), last = std::min<int64_t>(end, nx - 1);
-  if (begin == 0) border(0);
-  if (first < last) stencil_interior<Out, T>(row, w, first, last, y, accumulate);
-  if (end == nx && nx > 1) border(nx - 1);
+Out stencil_border(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, bool left, bool right, int64_t i) {
+  const Out outside = neumann_x ? Out(row.centre[i]) : Out(0);
+  const Out sides = (left ? outside : Out(row.centre[i - 1])) + (right ? outside : Out(row.centre[i + 1]));
+  return (w.diagonal * Out(row.centre[i]) - w.x * sides) -
+         ((w.front * Out(row.front[i]) + w.back * Out(row.back[i])) +
+          (w.below * Out(row.below[i]) + w.above * Out(row.above[i])));
+}
+
+// Cells begin..end-1 of consecutive grid rows that share weights and pointer offsets, counted from a row's first cell.
+// Written through over the row ends, where the neighbour in memory is not the neighbour in the grid: one long loop that stays
+// aligned. The two border cells of each row are then done anew. `first` and `last` bound the vector itself.
+template <class Out, class T>
+void stencil_stretch(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, int64_t nx, int64_t begin,
+                     int64_t end, int64_t first, int64_t last, Out* y) {
+  const int64_t from = std::max(begin, first + 1), to = std::min(end, last - 1);
+  if (from < to) stencil_cells<Out, T>(row, w, from, to, y, false);
+  for (int64_t start = begin / nx * nx; start < end; start += nx) {
+    const int64_t stop = start + nx - 1;
+    if (start >= begin) y[start] = stencil_border(row, w, neumann_x, true, nx == 1, start);
+    if (stop < end && nx > 1) y[stop] = stencil_border(row, w, neumann_x, false, true, stop);
+  }
+}
+
+// The same for one grid row, adding to y.
+template <class Out, class T>
+void stencil_row_add(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, int64_t nx, int64_t begin,
+                     int64_t end, Out* y) {
+  const int64_t from = std::max<int64_t>(begin, 1), to = std::min<int64_t>(end, nx - 1);
+  if (from < to) stencil_cells<Out, T>(row, w, from, to, y, true);
+  if (begin == 0) y[0] += stencil_border(row, w, neumann_x, true, nx == 1, 0);
+  if (end == nx && nx > 1) y[nx - 1] += stencil_border(row, w, neumann_x, false, true, nx - 1);
 }
 
 // Calls row(z, y, begin, end, offset) for every stretch of a grid row inside `rows`; offset is its position in y.
@@ -105,18 +123,27 @@ GridRow<T> grid_row(const T* centre, int64_t nz, int64_t ny, int64_t nx, int64_t
 template <class Out, class T>
 void stencil_rows(const Stencil<T>& A, double scale, const T* x, Out* y, Range rows, bool accumulate) {
   const double shift = A.weights[0], wz = A.weights[1], wy = A.weights[2], wx = A.weights[3];
-  for_each_grid_row(A.ny, A.nx, rows, [&](int64_t iz, int64_t iy, int64_t begin, int64_t end, int64_t offset) {
-    const bool below = iz > 0 || A.neumann_z, above = iz + 1 < A.nz || A.neumann_z;
-    const bool front = iy > 0 || A.neumann_y, back = iy + 1 < A.ny || A.neumann_y;
+  for (int64_t i = rows.begin; i < rows.end;) {
+    const int64_t line = i / A.nx, iz = line / A.ny, iy = line % A.ny, start = line * A.nx;
+    const bool below = iz > 0, above = iz + 1 < A.nz, front = iy > 0, back = iy + 1 < A.ny;
+    // Grid rows with all neighbours inside form one stretch up to the last such row of the plane; others stand alone.
+    const bool interior = below && above && front && back && !accumulate;
+    const int64_t lines_end = interior ? iz * A.ny + A.ny - 1 : line + 1;
+    const int64_t end = std::min(rows.end, lines_end * A.nx);
     const StencilWeights<Out> w{Out(scale * (shift + 2 * (wz + wy + wx))),
-                                Out(below ? scale * wz : 0),
-                                Out(above ? scale * wz : 0),
-                                Out(front ? scale * wy : 0),
-                                Out(back ? scale * wy : 0),
+                                Out(below || A.neumann_z ? scale * wz : 0),
+                                Out(above || A.neumann_z ? scale * wz : 0),
+                                Out(front || A.neumann_y ? scale * wy : 0),
+                                Out(back || A.neumann_y ? scale * wy : 0),
                                 Out(scale * wx)};
-    const GridRow<T> row = grid_row(x + (iz * A.ny + iy) * A.nx, A.nz, A.ny, A.nx, iz, iy);
-    stencil_row(row, w, A.neumann_x, A.nx, begin, end, y + offset - begin, accumulate);
-  });
+    const GridRow<T> row = grid_row(x + start, A.nz, A.ny, A.nx, iz, iy);
+    Out* target = y + (start - rows.begin);
+    if (accumulate)
+      stencil_row_add(row, w, A.neumann_x, A.nx, i - start, end - start, target);
+    else
+      stencil_stretch(row, w, A.neumann_x, A.nx, i - start, end - start, -start, A.nz * A.ny * A.nx - start, target);
+    i = end;
+  }
 }
 
 // One grid row with face coefficients; the faces' pointers are those of cell 0 of the row.

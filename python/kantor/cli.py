@@ -413,7 +413,7 @@ def _versions() -> str:
     build = _C.build_info()
     return (
         f"Kantor {kantor.__version__}, torch {torch.__version__}, NumPy {np.__version__}, Python "
-        f"{platform.python_version()}; {build['compiler']}, {build['simd']}, {torch.get_num_threads()} threads."
+        f"{platform.python_version()}; {build['compiler']}, {build['simd']}, {torch.get_num_threads()} CPU thread(s)."
     )
 
 

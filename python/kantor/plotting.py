@@ -37,7 +37,7 @@ def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plotting needs matplotlib: pip install "kantor[demo]"') from error
-    axes: Axes = Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
+    axes: Axes = Figure(figsize=(width, height), dpi=200, layout="constrained").add_subplot()
     return axes
 
 

@@ -269,6 +269,7 @@ th, td { text-align: left; padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px s
 thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; }
 tbody th { font-weight: normal; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
 th, td { padding-right: 1.1rem; }
 th:last-child, td:last-child { padding-right: 0; }
 .note { font-size: 0.86rem; color: var(--soft); }
@@ -280,7 +281,8 @@ footer { color: var(--soft); font-size: 0.9rem; }
 footer h2 { font-size: 1.05rem; color: var(--ink); margin-top: 2rem; }
 footer li { overflow-wrap: anywhere; max-width: 44rem; }
 @media print {
-  body { background: none; font-size: 10.5pt; padding: 0; }
+  html { font-size: 10.5pt; }
+  body { background: none; padding: 0; }
   nav, .skip { display: none; }
   figure, table, pre, .checks { break-inside: avoid; }
   h1, h2, h3 { break-after: avoid; }
