@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One command for a machine with an NVIDIA GPU and no network: build with CUDA, run the gpu tests and the benches, print one
-# table with fractions of the measured device copy bandwidth. Needs python3 with torch (CUDA), scikit-build-core, pybind11,
-# pytest and numpy, and nvcc, cmake and ninja on PATH. Under 8 minutes; a step that fails is reported, the table prints.
+# One command for a machine with an NVIDIA GPU and no network: build with CUDA, run the gpu tests and the benches, print
+# one table with fractions of the measured device copy bandwidth. Needs python3 with torch (CUDA), scikit-build-core,
+# pybind11, pytest and numpy, and nvcc, cmake and ninja. Under 8 minutes; a failing step is reported, the table prints.
 #
 #   bench/on_gpu.sh            results in gpu-results/, or in $OUT
 #   PYTHON=python3.12 LIMIT=400 bench/on_gpu.sh
@@ -76,7 +76,8 @@ step torch 60 "$python" -c "$describe"
 step "build with tests" 200 "${build[@]}" -C cmake.define.KANTOR_TESTS=ON ||
   step "build without tests" 150 "${build[@]}" -C cmake.define.KANTOR_TESTS=OFF
 step import 60 "$python" -c "$check"
-step "gpu tests" 100 "$python" -m pytest -m gpu -q --maxfail=20 --continue-on-collection-errors -p no:cacheprovider tests
+step "gpu tests" 100 "$python" -m pytest -m gpu -q --maxfail=20 --continue-on-collection-errors -p no:cacheprovider \
+  tests
 rm -f "$out/roofline.jsonl" "$out/cg.jsonl" # so that no old figure is taken for a new one
 step roofline 45 "$python" bench/roofline.py --device cuda -o "$out/roofline.jsonl"
 left=$((limit - SECONDS - 15))

@@ -25,7 +25,9 @@ extensions = [
 root_doc = "index"
 exclude_patterns = ["_build", "gallery/*"]
 nitpicky = True  # every cross reference must lead somewhere ...
-nitpick_ignore_regex = [(r"py:.*", r"(?!kantor).*")]  # ... except the types of other packages: no network, no inventories
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!kantor).*")
+]  # ... except the types of other packages: no network, no inventories
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -71,7 +71,8 @@ def test_bar_is_closed_when_the_solve_raises(capsys):
             update(0, 1.0, 1e-8)
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert capsys.readouterr().err.endswith("\n")
 
 

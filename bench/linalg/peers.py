@@ -24,10 +24,13 @@ UNATTAINABLE = 1e-30  # a tolerance that keeps a stopping test in the loop witho
 def _kantor(problem: Problem, form: str, preconditioner: str) -> Plan:
     from kantor import linalg
 
-    if form == "stencil":
+    operator: linalg.Stencil | linalg.CSR
+    if form == "csr":
+        operator = linalg.CSR.from_any(problem.csr.torch())
+    elif problem.grid is not None:
         operator = linalg.Stencil(problem.grid, dtype=problem.b.dtype, device=problem.b.device)
     else:
-        operator = linalg.CSR.from_any(problem.csr.torch())
+        raise ValueError("_kantor: a stencil needs a grid")
     M = {"": lambda _: None, "jacobi": linalg.jacobi, "ic0": linalg.ic0}[preconditioner](operator)
 
     def plan(goal: Goal) -> Run:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -82,7 +83,8 @@ def device_loop(problem: Problem, apply: Apply, graph: bool) -> Plan:
 
     advance: Callable[[], object] = step
     if graph:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        cuda: Any = torch.cuda  # its constructors have no annotations
+        side = cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # capture needs the libraries' workspaces to exist
             start()

@@ -15,7 +15,8 @@ inline bool use_cuda_code(const Tensor& tensor) { return tensor.on_cuda(); }
 inline constexpr bool cuda_code_built = false;
 inline bool use_cuda_code(const Tensor& tensor) {
   if (tensor.on_cuda())
-    throw BackendUnavailable("this build of Kantor has no CUDA code; rebuild with -C cmake.define.KANTOR_CUDA=ON and nvcc");
+    throw BackendUnavailable(
+        "this build of Kantor has no CUDA code; rebuild with -C cmake.define.KANTOR_CUDA=ON and nvcc");
   return false;
 }
 #endif

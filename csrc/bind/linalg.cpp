@@ -24,7 +24,8 @@ using Scales = std::vector<double>;
 // out = a x + b y: the reference op of the boundary tests and of the call-overhead measurement.
 void bind_multiply_add(const Tensor& x, const Tensor& y, const Tensor& out, double a, double b, int threads) {
   require(x.size() == y.size() && x.size() == out.size(), "multiply_add: x, y and out must have the same size");
-  require_host(x, "multiply_add"), require_same_device(x, y, "multiply_add"), require_same_device(x, out, "multiply_add");
+  require_host(x, "multiply_add"), require_same_device(x, y, "multiply_add"),
+      require_same_device(x, out, "multiply_add");
   switch_float(x, "x", [&]<class T>(T) {
     const auto xs = elements<const T>(x, "x"), ys = elements<const T>(y, "y");
     const auto outs = elements<T>(out, "out");
@@ -46,7 +47,8 @@ void bind_matvec(const Operands& operands, const Layout& layout, const Scales& s
     const auto xs = elements<const T>(x, "x");
     const auto ys = elements<T>(y, "y");
     const int64_t batch = A.cols > 0 ? x.size() / A.cols : A.rows > 0 ? y.size() / A.rows : 0;
-    require(x.size() == batch * A.cols && y.size() == batch * A.rows, "matvec: x or y does not match the operator's shape");
+    require(x.size() == batch * A.cols && y.size() == batch * A.rows,
+            "matvec: x or y does not match the operator's shape");
     const Exec exec = exec_for(x, threads);
     py::gil_scoped_release nogil;
     if constexpr (cuda_code_built)
@@ -56,7 +58,8 @@ void bind_matvec(const Operands& operands, const Layout& layout, const Scales& s
   });
 }
 
-// Between iterations: every 10 ms let Python handle signals; at every iteration call the user's monitor, when there is one.
+// Between iterations: every 10 ms let Python handle signals; at every iteration call the user's monitor, when there is
+// one.
 class PythonMonitor {
  public:
   explicit PythonMonitor(py::object user) : user_(std::move(user)) {}
@@ -98,34 +101,48 @@ void call_back(Call&& call) {
 
 void bind_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
              const Layout& m_layout, const Scales& m_scales, const Tensor& b, const Tensor& x, const Operands& vectors,
-             bool zero_start, const Tensor& info, const Tensor& history, const Tensor& workspace, double rtol, double atol,
-             int64_t max_iterations, const py::object& apply, const py::object& precondition, const py::object& user_monitor,
-             int threads) {
+             bool zero_start, const Tensor& info, const Tensor& history, const Tensor& workspace, double rtol,
+             double atol, int64_t max_iterations, const py::object& apply, const py::object& precondition,
+             const py::object& user_monitor, int threads) {
   require(b.ndim == 2 && vectors.size() == 4, "cg: b must be (batch, n), vectors must be r, p, q, z");
   const OperatorArgs a_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
   const ApplyCallback apply_callback = [&apply](bool to_x) { call_back([&] { apply(to_x); }); };
   const Callback precondition_callback = [&precondition] { call_back([&] { precondition(); }); };
   switch_float(b, "b", [&]<class T>(T) {
-    CgVectors<T> v{b.shape[1], b.shape[0], elements<const T>(b, "b").data(), elements<T>(x, "x").data(),
-                   elements<T>(vectors[0], "r").data(), elements<T>(vectors[1], "p").data(),
-                   elements<T>(vectors[2], "q").data(), elements<T>(vectors[3], "z").data(), zero_start,
+    CgVectors<T> v{b.shape[1],
+                   b.shape[0],
+                   elements<const T>(b, "b").data(),
+                   elements<T>(x, "x").data(),
+                   elements<T>(vectors[0], "r").data(),
+                   elements<T>(vectors[1], "p").data(),
+                   elements<T>(vectors[2], "q").data(),
+                   elements<T>(vectors[3], "z").data(),
+                   zero_start,
                    reinterpret_cast<CgState*>(elements<double>(info, "info").data()),
-                   elements<double>(history, "history").data(), elements<uint8_t>(workspace, "workspace").data()};
-    for (const Tensor* t : {&x, &vectors[0], &vectors[1], &vectors[3]}) require(t->size() == b.size(), "cg: sizes differ");
+                   elements<double>(history, "history").data(),
+                   elements<uint8_t>(workspace, "workspace").data()};
+    for (const Tensor* t : {&x, &vectors[0], &vectors[1], &vectors[3]})
+      require(t->size() == b.size(), "cg: sizes differ");
     require(info.size() == v.batch * cg_state_size, "cg: info must be (batch, cg_state_size)");
     const Operator<T> A = layout.empty() ? Operator<T>{} : read_operator<T>(a_args, b);
     require(layout.empty() || (A.rows == v.n && A.cols == v.n), "cg: the operator's shape does not match b");
     Preconditioner<T> M = read_preconditioner<T>(m_args, b);
     if (!precondition.is_none()) M = precondition_callback;
-    const CgOptions options{rtol, atol, max_iterations, double(std::numeric_limits<T>::epsilon()) / 2,
-                            v.batch ? history.size() / v.batch : 2, !user_monitor.is_none()};
+    const CgOptions options{rtol,
+                            atol,
+                            max_iterations,
+                            double(std::numeric_limits<T>::epsilon()) / 2,
+                            v.batch ? history.size() / v.batch : 2,
+                            !user_monitor.is_none()};
     const Exec exec = exec_for(b, threads);
     const CgMonitor monitor = PythonMonitor(user_monitor);
     py::gil_scoped_release nogil;
-    for (const Tensor& t : vectors) if (!t.on_cuda()) advise_huge_pages(t.data, t.size() * sizeof(T));
+    for (const Tensor& t : vectors)
+      if (!t.on_cuda()) advise_huge_pages(t.data, t.size() * sizeof(T));
     try {
       if constexpr (cuda_code_built)
-        if (use_cuda_code(b)) return cg_cuda(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
+        if (use_cuda_code(b))
+          return cg_cuda(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
       (void)use_cuda_code(b);
       cg_cpu(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
     } catch (const CgInterrupted&) {
@@ -141,8 +158,9 @@ py::dict bind_csr_check(const Tensor& crow, const Tensor& col, const Tensor& val
   return switch_index(crow, "crow", [&]<class Index>(Index) {
     return switch_float(values, "values", [&]<class T>(T) {
       require(col.size() == values.size(), "csr_check: col and values must have the same length");
-      const CsrReport report = csr_check(crow.size() - 1, cols, col.size(), elements<const Index>(crow, "crow").data(),
-                                         elements<const Index>(col, "col").data(), elements<const T>(values, "values").data());
+      const CsrReport report =
+          csr_check(crow.size() - 1, cols, col.size(), elements<const Index>(crow, "crow").data(),
+                    elements<const Index>(col, "col").data(), elements<const T>(values, "values").data());
       return py::dict(py::arg("bad_row") = report.bad_row, py::arg("bad_entry") = report.bad_entry,
                       py::arg("nonfinite_entry") = report.nonfinite_entry, py::arg("sorted") = report.sorted,
                       py::arg("halo") = report.halo);
@@ -165,14 +183,16 @@ py::tuple bind_csr_asymmetry(const Tensor& crow, const Tensor& col, const Tensor
   for (const Tensor* t : {&crow, &col, &values}) require_host(*t, "csr_asymmetry");
   return switch_index(crow, "crow", [&]<class Index>(Index) {
     return switch_float(values, "values", [&]<class T>(T) {
-      const Asymmetry worst = csr_asymmetry(crow.size() - 1, elements<const Index>(crow, "crow").data(),
-                                            elements<const Index>(col, "col").data(), elements<const T>(values, "values").data());
+      const Asymmetry worst =
+          csr_asymmetry(crow.size() - 1, elements<const Index>(crow, "crow").data(),
+                        elements<const Index>(col, "col").data(), elements<const T>(values, "values").data());
       return py::make_tuple(worst.difference, worst.i, worst.j);
     });
   });
 }
 
-int64_t bind_ic0_factor(const Tensor& crow, const Tensor& col, const Tensor& values, double shift, const Tensor& factor) {
+int64_t bind_ic0_factor(const Tensor& crow, const Tensor& col, const Tensor& values, double shift,
+                        const Tensor& factor) {
   for (const Tensor* t : {&crow, &col, &values, &factor}) require_host(*t, "ic0_factor");
   require(col.size() == values.size() && factor.size() == values.size(), "ic0_factor: sizes differ");
   return switch_float(values, "values", [&]<class T>(T) {
@@ -192,8 +212,8 @@ int64_t bind_level_schedule(const Tensor& crow, const Tensor& col, const Tensor&
                         elements<int32_t>(pointers, "pointers").data(), elements<int32_t>(rows, "rows").data());
 }
 
-void bind_ic0_solve(const Operands& operands, const Layout& layout, const Tensor& r, const Tensor& work, const Tensor& z,
-                    int threads) {
+void bind_ic0_solve(const Operands& operands, const Layout& layout, const Tensor& r, const Tensor& work,
+                    const Tensor& z, int threads) {
   const OperatorArgs args{operands, layout, {1.0}};
   switch_float(r, "r", [&]<class T>(T) {
     const auto M = OperatorReader(args, r).incomplete_cholesky<T>();
@@ -222,8 +242,10 @@ void bind_linalg(py::module_& m) {
   m.def("matvec", &bind_matvec);
   m.def("cg", &bind_cg);
   m.attr("cg_state_size") = cg_state_size;
-  if constexpr (cuda_code_built) m.def("cg_workspace_bytes", &cg_workspace_bytes);
-  else m.def("cg_workspace_bytes", [](int64_t) { return int64_t{0}; });
+  if constexpr (cuda_code_built)
+    m.def("cg_workspace_bytes", &cg_workspace_bytes);
+  else
+    m.def("cg_workspace_bytes", [](int64_t) { return int64_t{0}; });
   m.def("csr_check", &bind_csr_check);
   m.def("csr_transpose", &bind_csr_transpose);
   m.def("csr_asymmetry", &bind_csr_asymmetry);

@@ -68,9 +68,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
       if (error) std::rethrow_exception(error);
     } catch (const TypeMismatch& e) {
       PyErr_SetString(PyExc_TypeError, e.what());
-    } catch (const BackendUnavailable& e) {
-      set_python_error("BackendUnavailable", e.what());
-    }
+    } catch (const BackendUnavailable& e) { set_python_error("BackendUnavailable", e.what()); }
   });
   bind_linalg(m);
 }

@@ -64,7 +64,8 @@ class OperatorReader {
   template <class T>
   IncompleteCholesky<T> incomplete_cholesky() {
     ++scale_;
-    require(next() == int64_t(OperatorKind::incomplete_cholesky), "preconditioner: expected an incomplete Cholesky factor");
+    require(next() == int64_t(OperatorKind::incomplete_cholesky),
+            "preconditioner: expected an incomplete Cholesky factor");
     IncompleteCholesky<T> M{};
     M.n = next(), M.levels = next();
     for (TriangularFactor<T>* factor : {&M.lower, &M.upper}) {

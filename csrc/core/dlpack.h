@@ -1,6 +1,6 @@
 // The part of the DLPack 1.x ABI that Kantor reads: tensors and the C exchange API that torch >= 2.11 publishes as
-// `torch.Tensor.__dlpack_c_exchange_api__`. Our own declaration of a stable ABI: no third-party header is needed to build.
-// Layout reference: the DLPack specification, version 1.3. The sizes are checked at the end.
+// `torch.Tensor.__dlpack_c_exchange_api__`. Our own declaration of a stable ABI: no third-party header is needed to
+// build. Layout reference: the DLPack specification, version 1.3. The sizes are checked at the end.
 #pragma once
 #include <cstdint>
 

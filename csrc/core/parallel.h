@@ -51,8 +51,9 @@ inline void barrier() {
 #pragma omp barrier
 }
 
-// A barrier for loops with hundreds of short stages: spins for about a microsecond, then offers the processor to others.
-// OpenMP's own either sleeps at once (OMP_WAIT_POLICY=passive: tens of microseconds a stage) or spins for very long.
+// A barrier for loops with hundreds of short stages: spins for about a microsecond, then offers the processor to
+// others. OpenMP's own either sleeps at once (OMP_WAIT_POLICY=passive: tens of microseconds a stage) or spins for very
+// long.
 class ShortBarrier {
  public:
   void wait(int workers) {

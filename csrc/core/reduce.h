@@ -1,5 +1,6 @@
-// Deterministic reductions: every sum is accumulated in double, chunk by chunk (parallel.h), each chunk in 32 interleaved
-// lanes, and the chunk sums are added in a fixed binary tree. Same bits for any number of threads and any SIMD level.
+// Deterministic reductions: every sum is accumulated in double, chunk by chunk (parallel.h), each chunk in 32
+// interleaved lanes, and the chunk sums are added in a fixed binary tree. Same bits for any number of threads and any
+// SIMD level.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,5 @@
-// A tensor as the kernels' callers see it: a borrowed pointer with dtype, device, shape and strides. Torch owns the memory.
+// A tensor as the kernels' callers see it: a borrowed pointer with dtype, device, shape and strides. Torch owns the
+// memory.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -16,15 +17,25 @@ enum class Dtype : uint8_t { f32, f64, i32, i64, u8, other };
 template <class T>
 constexpr Dtype dtype_of();
 template <>
-constexpr Dtype dtype_of<float>() { return Dtype::f32; }
+constexpr Dtype dtype_of<float>() {
+  return Dtype::f32;
+}
 template <>
-constexpr Dtype dtype_of<double>() { return Dtype::f64; }
+constexpr Dtype dtype_of<double>() {
+  return Dtype::f64;
+}
 template <>
-constexpr Dtype dtype_of<int32_t>() { return Dtype::i32; }
+constexpr Dtype dtype_of<int32_t>() {
+  return Dtype::i32;
+}
 template <>
-constexpr Dtype dtype_of<int64_t>() { return Dtype::i64; }
+constexpr Dtype dtype_of<int64_t>() {
+  return Dtype::i64;
+}
 template <>
-constexpr Dtype dtype_of<uint8_t>() { return Dtype::u8; }
+constexpr Dtype dtype_of<uint8_t>() {
+  return Dtype::u8;
+}
 
 inline const char* name_of(Dtype dtype) {
   constexpr const char* names[] = {"float32", "float64", "int32", "int64", "uint8", "an unsupported dtype"};

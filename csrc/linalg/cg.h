@@ -1,8 +1,9 @@
 // Preconditioned conjugate gradients for A x = b, A symmetric positive definite (Hestenes & Stiefel 1952; notation of
 // Saad, Iterative Methods for Sparse Linear Systems, 2nd ed., algorithm 9.1), for a batch of right-hand sides.
 //
-// The algorithm is this file: the scalar recurrences, shared by all backends, and the iteration over a `Space` that supplies
-// the vector passes (cg_cpu.cpp, cg_cuda.cu). A system that has finished is latched: later passes leave it alone.
+// The algorithm is this file: the scalar recurrences, shared by all backends, and the iteration over a `Space` that
+// supplies the vector passes (cg_cpu.cpp, cg_cuda.cu). A system that has finished is latched: later passes leave it
+// alone.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -70,6 +71,7 @@ KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double 
   s.history_stride = 1;
   s.rr = rr;
   s.verified_rr = rr;
+  s.residual_norm = std::sqrt(rr);
   s.b_norm = std::sqrt(bb);
   const double target = std::fmax(options.rtol * s.b_norm, options.atol);
   s.target_squared = target * target;
@@ -104,16 +106,16 @@ KANTOR_HD void cg_after_apply(CgState& s, const CgOptions& options, double pq, d
   s.alpha = 0;  // a latched system takes no step
   if (!(std::isfinite(pq) && std::isfinite(qq))) return s.finish(CgStatus::breakdown);
   s.curvature = pq;
-  // What rounding alone can make of p'Ap. A value within it has no sign: the curvature is zero to working precision. In the
-  // first iteration nothing is known about A, and the sign is taken as it is.
+  // What rounding alone can make of p'Ap. A value within it has no sign: the curvature is zero to working precision. In
+  // the first iteration nothing is known about A, and the sign is taken as it is.
   const double noise = 8 * options.epsilon * s.lambda_max * s.pmp;
   if (pq < -noise) return s.finish(CgStatus::negative_curvature);
   if (pq <= 0) return s.finish(CgStatus::singular);
   const double alpha = s.rz / pq;
   // Diagonal of the Lanczos matrix: a lower bound of the largest eigenvalue of M A, for free.
   s.lambda_max = std::fmax(s.lambda_max, 1 / alpha + (previous_alpha > 0 ? s.beta / previous_alpha : 0));
-  // Curvature zero to rounding AND a step that would blow the residual up: A is singular and b not in its range. The size
-  // of the curvature alone proves nothing (a badly scaled but solvable system has tiny ones too).
+  // Curvature zero to rounding AND a step that would blow the residual up: A is singular and b not in its range. The
+  // size of the curvature alone proves nothing (a badly scaled but solvable system has tiny ones too).
   if (pq <= noise && alpha * alpha * qq > 1e4 * s.rr) return s.finish(CgStatus::singular);
   s.alpha = alpha;
 }
@@ -132,9 +134,9 @@ KANTOR_HD void cg_after_update(CgState& s, const CgOptions& options, double rr, 
   cg_record(s, options, history);
 }
 
-// After the true residual r = b - A x was formed in double (rr = r.r) for a system that has stopped; pp = p.p. A recurrence
-// that claims convergence too early is replaced by the true residual and goes on (van der Vorst & Ye 2000); when a whole leg
-// did not halve the true residual, rounding has the last word.
+// After the true residual r = b - A x was formed in double (rr = r.r) for a system that has stopped; pp = p.p. A
+// recurrence that claims convergence too early is replaced by the true residual and goes on (van der Vorst & Ye 2000);
+// when a whole leg did not halve the true residual, rounding has the last word.
 KANTOR_HD void cg_after_verify(CgState& s, const CgOptions& options, double rr, double pp) {
   s.residual_norm = std::sqrt(rr);
   const bool no_step = s.status == double(CgStatus::negative_curvature) || s.status == double(CgStatus::singular);
@@ -150,16 +152,17 @@ KANTOR_HD void cg_after_verify(CgState& s, const CgOptions& options, double rr, 
   s.finish(CgStatus::running);
 }
 
-// Called between iterations with the number of the iteration and the largest residual norm. Returns running to go on, or the
-// status (interrupted, stopped) that ends every running system.
+// Called between iterations with the number of the iteration and the largest residual norm. Returns running to go on,
+// or the status (interrupted, stopped) that ends every running system.
 using CgMonitor = std::function<CgStatus(int64_t iteration, double residual_norm)>;
 
-// Thrown by a callback that Ctrl-C broke off. Leaves conjugate_gradients only when there is no iterate yet, or at the second.
+// Thrown by a callback that Ctrl-C broke off. Leaves conjugate_gradients only when there is no iterate yet, or at the
+// second.
 struct CgInterrupted {};
 
 template <class Space>
 void conjugate_gradients(Space& space, const CgMonitor& monitor) {
-  space.start();                      // r = b - A x, b.b, r.r
+  space.start();  // r = b - A x, b.b, r.r
   int64_t iteration = 0;
   while (space.any_running()) {
     try {
@@ -178,17 +181,17 @@ void conjugate_gradients(Space& space, const CgMonitor& monitor) {
   }
 }
 
-// All vectors are (batch, n), contiguous. q and z are scratch, z may alias r when there is no preconditioner. On return p
-// holds the last direction (of negative or zero curvature, when that was the status) and r the true residual.
+// All vectors are (batch, n), contiguous. q and z are scratch, z may alias r when there is no preconditioner. On return
+// p holds the last direction (of negative or zero curvature, when that was the status) and r the true residual.
 template <class T>
 struct CgVectors {
   int64_t n, batch;
   const T* b;
   T *x, *r, *p, *q, *z;
-  bool zero_start;     // x is zero: r = b without a product
-  CgState* states;     // (batch)
-  double* history;     // (batch, history_length)
-  void* workspace;     // CUDA only: cg_workspace_bytes(batch) of device memory
+  bool zero_start;  // x is zero: r = b without a product
+  CgState* states;  // (batch)
+  double* history;  // (batch, history_length)
+  void* workspace;  // CUDA only: cg_workspace_bytes(batch) of device memory
 };
 
 // The product as a call back into Python: q = A x when `to_x`, else q = A p.

@@ -1,12 +1,13 @@
 // The vector passes of conjugate gradients on the CPU. Words of memory traffic per unknown and iteration (a word is one
 // element; matrix data and preconditioner come on top):
 //   operator cheap to recompute (constant stencil, diagonal): 8
-//     direction_and_apply   read z, read p, write p                 q = A p stays in the first-level cache: only p.q leaves
-//     update                read x, r, p, write x, r                q is formed again
+//     direction_and_apply   read z, read p, write p                 q = A p stays in the first-level cache: only p.q
+//     leaves update                read x, r, p, write x, r                q is formed again
 //   other operators: 10, and 11 where writing q fetches the line first
 //     direction_and_apply   read z, read p, write p, write q
 //     update                read x, r, p, q, write x, r
-// The direction p is updated in place, `halo` rows ahead of the rows whose product is formed, so that it is still in cache.
+// The direction p is updated in place, `halo` rows ahead of the rows whose product is formed, so that it is still in
+// cache.
 #include <algorithm>
 #include <vector>
 
@@ -61,8 +62,7 @@ class CpuSpace {
     const auto running_systems = [this](int64_t k) { return running(k); };
     if (const auto* M = std::get_if<IncompleteCholesky<T>>(&M_)) {
       for (int64_t k = 0; k < v_.batch; ++k)  // q is free between the update and the next product
-        if (running(k))
-          solve_incomplete_cholesky_cpu(exec_, *M, v_.r + k * v_.n, v_.q + k * v_.n, v_.z + k * v_.n);
+        if (running(k)) solve_incomplete_cholesky_cpu(exec_, *M, v_.r + k * v_.n, v_.q + k * v_.n, v_.z + k * v_.n);
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     }
@@ -87,10 +87,9 @@ class CpuSpace {
       each_block([this](int64_t k) { return running(k); },
                  [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
       apply_(false);
-      each_block([this](int64_t k) { return running(k); },
-                 [&](int64_t k, int64_t chunk, Range rows) {
-                   add_products(k, chunk, rows, v_.q + k * v_.n + rows.begin);
-                 });
+      each_block(
+          [this](int64_t k) { return running(k); },
+          [&](int64_t k, int64_t chunk, Range rows) { add_products(k, chunk, rows, v_.q + k * v_.n + rows.begin); });
     } else {
       clear_sums();
       split([&](Range chunks, Range systems) { direction_and_apply(chunks, systems); });
@@ -154,8 +153,8 @@ class CpuSpace {
   double total(int which, int64_t k) { return tree_sum(&sum(which, k, 0), chunks_.count()); }
   void clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
 
-  // body(chunks, systems) on every thread: a share of the chunks of all systems (the operator's data is then read once for
-  // the batch), or all chunks of a share of the systems when there are few chunks.
+  // body(chunks, systems) on every thread: a share of the chunks of all systems (the operator's data is then read once
+  // for the batch), or all chunks of a share of the systems when there are few chunks.
   template <class Body>
   void split(Body&& body) {
     parallel_region(threads_, [&](int worker, int workers) {
@@ -194,8 +193,8 @@ class CpuSpace {
     sum(1, k, chunk) += dot(rows.size(), q, q);
   }
 
-  // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then, after
-  // the barrier, everyone sweeps its slab with p advanced `halo` rows ahead of the product.
+  // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then,
+  // after the barrier, everyone sweeps its slab with p advanced `halo` rows ahead of the product.
   void direction_and_apply(Range chunks, Range systems) {
     const Range slab{chunks_.range(chunks.begin).begin,
                      chunks.begin < chunks.end ? chunks_.range(chunks.end - 1).end : chunks_.range(chunks.begin).begin};
@@ -269,8 +268,8 @@ class CpuSpace {
   bool recompute_ = false;
   bool first_residual_ = true;
   bool scaled_sums_ready_ = false;  // sum 1 holds r.z for the diagonal preconditioner
-  const T* scaling_ = nullptr;  // diagonal preconditioner: z = scaling * r is never stored
-  std::vector<double> sums_;    // two partial sums a chunk and system
+  const T* scaling_ = nullptr;      // diagonal preconditioner: z = scaling * r is never stored
+  std::vector<double> sums_;        // two partial sums a chunk and system
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The vector passes of conjugate gradients on CUDA. Nothing waits for the device between two polls: the scalars of every
-// system live there, the last block of a reduction runs the recurrence of cg.h, and a finished system's blocks leave at once.
-// Words of memory traffic per unknown and iteration, beside the operator's own:
+// The vector passes of conjugate gradients on CUDA. Nothing waits for the device between two polls: the scalars of
+// every system live there, the last block of a reduction runs the recurrence of cg.h, and a finished system's blocks
+// leave at once. Words of memory traffic per unknown and iteration, beside the operator's own:
 //   direction   read z, p, write p                       (z = r without, d r with a diagonal preconditioner)
 //   apply       read p (its neighbours from cache), write q; p.q and q.q from registers
 //   update      read x, r, p, q, write x, r; r.r and, for a diagonal preconditioner, r.z from registers
@@ -38,9 +38,11 @@ struct Shared {
   __device__ __forceinline__ double* history_of(int64_t k) const { return history + k * options.history_length; }
 };
 
-// Sums values[] over the blocks of system k; then one thread calls finish(totals). The last value is a maximum if asked.
+// Sums values[] over the blocks of system k; then one thread calls finish(totals). The last value is a maximum if
+// asked.
 template <int count, bool last_is_maximum = false, class Finish>
-__device__ __forceinline__ void reduce(const Reduction& reduction, int64_t k, double (&values)[count], Finish&& finish) {
+__device__ __forceinline__ void reduce(const Reduction& reduction, int64_t k, double (&values)[count],
+                                       Finish&& finish) {
   for (int c = 0; c < count; ++c) {
     const bool maximum = last_is_maximum && c == count - 1;
     values[c] = maximum ? simt::block_max(values[c]) : simt::block_sum(values[c]);
@@ -72,7 +74,7 @@ __global__ void residual_product_kernel(Shared shared, int64_t n, const T* r, co
   if (!shared.states[k].running()) return;
   double sums[1] = {0};
   simt::grid_stride(n, [&](int64_t i) { sums[0] += double(r[k * n + i]) * double(z[k * n + i]); });
-  reduce(shared.reduction, k, sums, [&](double(&total)[1]) { cg_after_precondition(shared.states[k], total[0]); });
+  reduce(shared.reduction, k, sums, [&](double (&total)[1]) { cg_after_precondition(shared.states[k], total[0]); });
 }
 
 // The rows of one level of L work = r, or (upper) of L' z = work, in place.
@@ -144,7 +146,7 @@ struct Products {
   }
   __device__ __forceinline__ void done(int64_t k) {
     reduce(shared.reduction, k, sums,
-           [&](double(&total)[2]) { cg_after_apply(shared.states[k], shared.options, total[0], total[1]); });
+           [&](double (&total)[2]) { cg_after_apply(shared.states[k], shared.options, total[0], total[1]); });
   }
 };
 
@@ -174,7 +176,7 @@ __global__ void update_kernel(Shared shared, int64_t n, const T* d, const T* p, 
     sums[0] += double(residual) * double(residual);
     if constexpr (scaling == Scaling::diagonal) sums[1] += double(d[i]) * double(residual) * double(residual);
   });
-  reduce(shared.reduction, k, sums, [&](double(&total)[2]) {
+  reduce(shared.reduction, k, sums, [&](double (&total)[2]) {
     CgState& s = shared.states[k];
     cg_after_update(s, shared.options, total[0], shared.history_of(k));
     if constexpr (scaling == Scaling::identity) cg_after_precondition(s, total[0]);
@@ -215,7 +217,8 @@ DeviceTerm<T> device_term(const OperatorTerm<T>& term) {
   if (const auto* csr = std::get_if<Csr<T, int32_t>>(&term.form)) out.kind = OperatorKind::csr, out.csr = *csr;
   if (const auto* csr = std::get_if<Csr<T, int64_t>>(&term.form))
     out.kind = OperatorKind::csr, out.wide = true, out.wide_csr = *csr;
-  if (const auto* stencil = std::get_if<Stencil<T>>(&term.form)) out.kind = OperatorKind::stencil, out.stencil = *stencil;
+  if (const auto* stencil = std::get_if<Stencil<T>>(&term.form))
+    out.kind = OperatorKind::stencil, out.stencil = *stencil;
   if (const auto* faces = std::get_if<FaceStencil<T>>(&term.form)) out.kind = OperatorKind::faces, out.faces = *faces;
   if (const auto* d = std::get_if<Diagonal<T>>(&term.form)) out.kind = OperatorKind::diagonal, out.diagonal = *d;
   return out;
@@ -224,11 +227,16 @@ DeviceTerm<T> device_term(const OperatorTerm<T>& term) {
 template <class T>
 __device__ __forceinline__ double row_product(const DeviceTerm<T>& term, const T* x, int64_t i) {
   switch (term.kind) {
-    case OperatorKind::dense: return row_product<double>(term.dense, x, i);
-    case OperatorKind::csr: return term.wide ? row_product<double>(term.wide_csr, x, i) : row_product<double>(term.csr, x, i);
-    case OperatorKind::stencil: return row_product<double>(term.stencil, x, i);
-    case OperatorKind::faces: return row_product<double>(term.faces, x, i);
-    default: return row_product<double>(term.diagonal, x, i);
+    case OperatorKind::dense:
+      return row_product<double>(term.dense, x, i);
+    case OperatorKind::csr:
+      return term.wide ? row_product<double>(term.wide_csr, x, i) : row_product<double>(term.csr, x, i);
+    case OperatorKind::stencil:
+      return row_product<double>(term.stencil, x, i);
+    case OperatorKind::faces:
+      return row_product<double>(term.faces, x, i);
+    default:
+      return row_product<double>(term.diagonal, x, i);
   }
 }
 
@@ -257,7 +265,7 @@ __global__ void residual_kernel(Shared shared, int64_t n, DeviceTerms<T> A, cons
     if (size > sums[3] || size != size) sums[3] = size;
   });
   if (!last) return;
-  reduce<4, true>(shared.reduction, k, sums, [&](double(&total)[4]) {
+  reduce<4, true>(shared.reduction, k, sums, [&](double (&total)[4]) {
     CgState& s = shared.states[k];
     if (moment == Moment::start) {
       cg_start(s, shared.options, total[2], total[3], total[0], shared.history_of(k));
@@ -280,7 +288,8 @@ class CudaSpace {
     grid_ = dim3(blocks_, static_cast<unsigned>(v.batch));
     auto* tickets = static_cast<unsigned*>(v.workspace);
     simt::memset_async(tickets, 0, static_cast<size_t>(v.batch) * sizeof(unsigned), exec.stream);
-    shared_ = {v.states, v.history, options, {tickets, reinterpret_cast<double*>(tickets + (v.batch + 1) / 2 * 2), v.batch}};
+    shared_ = {
+        v.states, v.history, options, {tickets, reinterpret_cast<double*>(tickets + (v.batch + 1) / 2 * 2), v.batch}};
     if (const auto* diagonal = std::get_if<Diagonal<T>>(&M)) scaling_ = Scaling::diagonal, d_ = diagonal->values;
     if (std::holds_alternative<std::monostate>(M)) scaling_ = Scaling::identity;
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) levels_ = host_levels(exec, *factor);
@@ -300,16 +309,19 @@ class CudaSpace {
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     } else {
-      launch_apply(exec_, std::get<Operator<T>>(M_), v_.batch, blocks_, v_.r, v_.z, AcceptRunning{v_.states}, ConsumeNothing{});
+      launch_apply(exec_, std::get<Operator<T>>(M_), v_.batch, blocks_, v_.r, v_.z, AcceptRunning{v_.states},
+                   ConsumeNothing{});
     }
     SIMT_LAUNCH((residual_product_kernel<T>), grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, v_.r, v_.z);
   }
 
   void direction_and_apply() {
     if (scaling_ == Scaling::diagonal)
-      SIMT_LAUNCH((direction_kernel<T, true>), grid_, threads_per_block, 0, exec_.stream, v_.states, v_.n, d_, v_.r, v_.p);
+      SIMT_LAUNCH((direction_kernel<T, true>), grid_, threads_per_block, 0, exec_.stream, v_.states, v_.n, d_, v_.r,
+                  v_.p);
     else
-      SIMT_LAUNCH((direction_kernel<T, false>), grid_, threads_per_block, 0, exec_.stream, v_.states, v_.n, d_, v_.z, v_.p);
+      SIMT_LAUNCH((direction_kernel<T, false>), grid_, threads_per_block, 0, exec_.stream, v_.states, v_.n, d_, v_.z,
+                  v_.p);
     const Products<T> products{shared_, v_.p, v_.n, {0, 0}};
     if (A_) {
       launch_apply(exec_, *A_, v_.batch, blocks_, v_.p, v_.q, AcceptRunning{v_.states}, products);
@@ -328,7 +340,8 @@ class CudaSpace {
     if (scaling_ == Scaling::stored) launch(&update_kernel<T, Scaling::stored>);
   }
 
-  // Looks at the device every few iterations only; between two looks finished systems are latched and cost next to nothing.
+  // Looks at the device every few iterations only; between two looks finished systems are latched and cost next to
+  // nothing.
   bool proceed(int64_t iteration, const CgMonitor& monitor) {
     if (!shared_.options.watched && iteration % poll_every != 0) return true;
     const bool running = any_running();
@@ -365,8 +378,8 @@ class CudaSpace {
       const bool last = g + 1 == groups.size();
       const T* from = g == 0 ? v_.b : v_.r;
       const auto launch = [&](auto kernel) {
-        SIMT_LAUNCH(kernel, grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, groups[g], product, v_.x, v_.b, from,
-                    v_.p, d_, v_.r, last);
+        SIMT_LAUNCH(kernel, grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, groups[g], product, v_.x, v_.b,
+                    from, v_.p, d_, v_.r, last);
       };
       if (scaling_ == Scaling::identity) launch(&residual_kernel<T, moment, Scaling::identity>);
       if (scaling_ == Scaling::diagonal) launch(&residual_kernel<T, moment, Scaling::diagonal>);
@@ -416,9 +429,9 @@ void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T
   launch_incomplete_cholesky<T>(exec, nullptr, M, host_levels(exec, M), 1, r, work, z);
 }
 
-#define KANTOR_INSTANTIATE(T)                                                                                  \
-  template void cg_cuda(const Exec&, const Operator<T>*, const ApplyCallback&, const Preconditioner<T>&,       \
-                        const CgVectors<T>&, const CgOptions&, const CgMonitor&);                                                      \
+#define KANTOR_INSTANTIATE(T)                                                                            \
+  template void cg_cuda(const Exec&, const Operator<T>*, const ApplyCallback&, const Preconditioner<T>&, \
+                        const CgVectors<T>&, const CgOptions&, const CgMonitor&);                        \
   template void solve_incomplete_cholesky_cuda(const Exec&, const IncompleteCholesky<T>&, const T*, T*, T*);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)

@@ -60,8 +60,8 @@ Asymmetry csr_asymmetry(int64_t n, const Index* crow, const Index* col, const T*
   return worst;
 }
 
-#define KANTOR_INSTANTIATE(T, Index)                                                                   \
-  template CsrReport csr_check(int64_t, int64_t, int64_t, const Index*, const Index*, const T*);       \
+#define KANTOR_INSTANTIATE(T, Index)                                                             \
+  template CsrReport csr_check(int64_t, int64_t, int64_t, const Index*, const Index*, const T*); \
   template Asymmetry csr_asymmetry(int64_t, const Index*, const Index*, const T*);
 KANTOR_INSTANTIATE(float, int32_t)
 KANTOR_INSTANTIATE(float, int64_t)

@@ -27,7 +27,8 @@ double row_product(const int32_t* col, const T* factor, int32_t i, int32_t i_end
 
 // body(i) for the stored rows of every level in turn, with a barrier between levels.
 template <bool backwards, class Body>
-void for_each_level(int worker, int workers, ShortBarrier& barrier, int64_t levels, const int32_t* pointers, Body&& body) {
+void for_each_level(int worker, int workers, ShortBarrier& barrier, int64_t levels, const int32_t* pointers,
+                    Body&& body) {
   for (int64_t step = 0; step < levels; ++step) {
     const int64_t level = backwards ? levels - 1 - step : step;
     const int32_t first = pointers[level];
@@ -71,7 +72,8 @@ int64_t level_schedule(int64_t n, const int32_t* crow, const int32_t* col, int32
   for (int32_t l : level) ++pointers[l + 1];
   for (int64_t l = 0; l < n; ++l) pointers[l + 1] += pointers[l];
   std::vector<int32_t> next(pointers, pointers + n);
-  for (int64_t i = 0; i < n; ++i) rows[next[static_cast<size_t>(level[static_cast<size_t>(i)])]++] = static_cast<int32_t>(i);
+  for (int64_t i = 0; i < n; ++i)
+    rows[next[static_cast<size_t>(level[static_cast<size_t>(i)])]++] = static_cast<int32_t>(i);
   return levels;
 }
 

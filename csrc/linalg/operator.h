@@ -1,12 +1,13 @@
-// Linear operators as kernels see them: y = sum_t scale_t * A_t x, each A_t one of the forms below. Borrowed pointers only.
+// Linear operators as kernels see them: y = sum_t scale_t * A_t x, each A_t one of the forms below. Borrowed pointers
+// only.
 //
-// One encoding carries an operator through torch (python/kantor/linalg/_operator.py writes it, bind/linalg.cpp reads it):
-// `layout`, a list of integers, `scales`, one double a term, and `operands`, the tensors. Per term:
+// One encoding carries an operator through torch (python/kantor/linalg/_operator.py writes it, bind/linalg.cpp reads
+// it): `layout`, a list of integers, `scales`, one double a term, and `operands`, the tensors. Per term:
 //   dense     layout [0, rows, cols]                    operands A (rows, cols)
 //   csr       layout [1, rows, cols, halo]              operands crow (rows+1), col (nnz), values (nnz)
-//   stencil   layout [2, nz, ny, nx, bz, by, bx]        operands weights (shift, wz, wy, wx); b*: 0 Dirichlet, 1 Neumann
-//   faces     layout [3, nz, ny, nx, dims]              operands shift (1), fz, [fy when dims = 3,] fx
-//   diagonal  layout [4, n]                             operands d (n)
+//   stencil   layout [2, nz, ny, nx, bz, by, bx]        operands weights (shift, wz, wy, wx); b*: 0 Dirichlet, 1
+//   Neumann faces     layout [3, nz, ny, nx, dims]              operands shift (1), fz, [fy when dims = 3,] fx diagonal
+//   layout [4, n]                             operands d (n)
 // A two-dimensional grid (ny, nx) is passed as (nz, ny, nx) = (ny, 1, nx).
 #pragma once
 #include <algorithm>
@@ -37,8 +38,8 @@ struct Csr {
   const T* values;
 };
 
-// (A u)_i = shift u_i + sum_axis w_axis (2 u_i - u_left - u_right). Outside the grid u is zero (Dirichlet) or continues with
-// the border value (Neumann), which makes that difference vanish.
+// (A u)_i = shift u_i + sum_axis w_axis (2 u_i - u_left - u_right). Outside the grid u is zero (Dirichlet) or continues
+// with the border value (Neumann), which makes that difference vanish.
 template <class T>
 struct Stencil {
   int64_t nz, ny, nx;
@@ -64,8 +65,7 @@ struct Diagonal {
 };
 
 template <class T>
-using OperatorForm =
-    std::variant<Dense<T>, Csr<T, int32_t>, Csr<T, int64_t>, Stencil<T>, FaceStencil<T>, Diagonal<T>>;
+using OperatorForm = std::variant<Dense<T>, Csr<T, int32_t>, Csr<T, int64_t>, Stencil<T>, FaceStencil<T>, Diagonal<T>>;
 
 template <class T>
 struct OperatorTerm {

@@ -23,24 +23,43 @@ KANTOR_SIMD void dense_rows(const Dense<T>& A, double scale, const T* x, Out* y,
   }
 }
 
-template <class Out, class T, class Index>
-KANTOR_SIMD void csr_rows(const Csr<T, Index>& A, double scale, const T* x, Out* y, Range rows, bool accumulate) {
-  Index k = A.crow[rows.begin];
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const Index end = A.crow[i + 1];
-    double even = 0, odd = 0;  // two chains hide the latency of the additions
-    for (; k + 1 < end; k += 2) {
-      even += double(A.values[k]) * double(x[A.col[k]]);
-      odd += double(A.values[k + 1]) * double(x[A.col[k + 1]]);
+// One row. Short rows, the usual case, want as few instructions as possible: neighbouring rows overlap in the processor
+// anyway. In long ones four chains hide the latency of the additions.
+template <class T, class Index>
+KANTOR_ALWAYS_INLINE double csr_row(const T* values, const Index* col, const T* x, Index begin, Index end) {
+  double sum = 0;
+  Index k = begin;
+  if (end - begin >= 16) {
+    double a = 0, b = 0, c = 0;
+    for (; k + 4 <= end; k += 4) {
+      sum += double(values[k]) * double(x[col[k]]);
+      a += double(values[k + 1]) * double(x[col[k + 1]]);
+      b += double(values[k + 2]) * double(x[col[k + 2]]);
+      c += double(values[k + 3]) * double(x[col[k + 3]]);
     }
-    if (k < end) even += double(A.values[k]) * double(x[A.col[k]]), ++k;
+    sum = (sum + a) + (b + c);
+  }
+  for (; k < end; ++k) sum += double(values[k]) * double(x[col[k]]);
+  return sum;
+}
+
+template <class Out, class T, class Index>
+KANTOR_SIMD void csr_rows(const Csr<T, Index>& A, double scale, const T* x, Out* __restrict y, Range rows,
+                          bool accumulate) {
+  const Index *crow = A.crow, *col = A.col;
+  const T* values = A.values;
+  Index begin = crow[rows.begin];
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const Index end = crow[i + 1];
+    const Out value = static_cast<Out>(scale * csr_row(values, col, x, begin, end));
     Out& target = y[i - rows.begin];
-    target = static_cast<Out>(scale * (even + odd)) + (accumulate ? target : Out(0));
+    target = accumulate ? target + value : value;
+    begin = end;
   }
 }
 
-// A grid row and its four neighbour rows. A neighbour outside the grid points at the centre row with weight 0 (Dirichlet)
-// or full weight (Neumann: the border value continues), so that the inner loops have no branches.
+// A grid row and its four neighbour rows. A neighbour outside the grid points at the centre row with weight 0
+// (Dirichlet) or full weight (Neumann: the border value continues), so that the inner loops have no branches.
 template <class T>
 struct GridRow {
   const T *centre, *below, *above, *front, *back;
@@ -70,7 +89,8 @@ KANTOR_SIMD void stencil_cells(const GridRow<T>& row, const StencilWeights<Out>&
 
 // The first (left) or last cell of a grid row of nx cells.
 template <class Out, class T>
-Out stencil_border(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, bool left, bool right, int64_t i) {
+Out stencil_border(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, bool left, bool right,
+                   int64_t i) {
   const Out outside = neumann_x ? Out(row.centre[i]) : Out(0);
   const Out sides = (left ? outside : Out(row.centre[i - 1])) + (right ? outside : Out(row.centre[i + 1]));
   return (w.diagonal * Out(row.centre[i]) - w.x * sides) -
@@ -79,8 +99,8 @@ Out stencil_border(const GridRow<T>& row, const StencilWeights<Out>& w, bool neu
 }
 
 // Cells begin..end-1 of consecutive grid rows that share weights and pointer offsets, counted from a row's first cell.
-// Written through over the row ends, where the neighbour in memory is not the neighbour in the grid: one long loop that stays
-// aligned. The two border cells of each row are then done anew. `first` and `last` bound the vector itself.
+// Written through over the row ends, where the neighbour in memory is not the neighbour in the grid: one long loop that
+// stays aligned. The two border cells of each row are then done anew. `first` and `last` bound the vector itself.
 template <class Out, class T>
 void stencil_stretch(const GridRow<T>& row, const StencilWeights<Out>& w, bool neumann_x, int64_t nx, int64_t begin,
                      int64_t end, int64_t first, int64_t last, Out* y) {
@@ -130,12 +150,9 @@ void stencil_rows(const Stencil<T>& A, double scale, const T* x, Out* y, Range r
     const bool interior = below && above && front && back && !accumulate;
     const int64_t lines_end = interior ? iz * A.ny + A.ny - 1 : line + 1;
     const int64_t end = std::min(rows.end, lines_end * A.nx);
-    const StencilWeights<Out> w{Out(scale * (shift + 2 * (wz + wy + wx))),
-                                Out(below || A.neumann_z ? scale * wz : 0),
-                                Out(above || A.neumann_z ? scale * wz : 0),
-                                Out(front || A.neumann_y ? scale * wy : 0),
-                                Out(back || A.neumann_y ? scale * wy : 0),
-                                Out(scale * wx)};
+    const StencilWeights<Out> w{Out(scale * (shift + 2 * (wz + wy + wx))),  Out(below || A.neumann_z ? scale * wz : 0),
+                                Out(above || A.neumann_z ? scale * wz : 0), Out(front || A.neumann_y ? scale * wy : 0),
+                                Out(back || A.neumann_y ? scale * wy : 0),  Out(scale * wx)};
     const GridRow<T> row = grid_row(x + start, A.nz, A.ny, A.nx, iz, iy);
     Out* target = y + (start - rows.begin);
     if (accumulate)
@@ -154,7 +171,7 @@ struct FaceRow {
   T below, above, front, back;     // 1, or 0 where that neighbour is outside the grid
 };
 
-template <class Out, class T>
+template <bool three_dimensional, class Out, class T>
 KANTOR_SIMD void face_row(const FaceRow<T>& r, double scale, double shift, int64_t nx, int64_t begin, int64_t end,
                           Out* __restrict y, bool accumulate) {
   const FaceRow<T> row = r;
@@ -165,7 +182,7 @@ KANTOR_SIMD void face_row(const FaceRow<T>& r, double scale, double shift, int64
     Out sum = s * centre + Out(row.x[i]) * (centre - left) + Out(row.x[i + 1]) * (centre - right) +
               Out(row.z0[i]) * (centre - Out(row.below * u.below[i])) +
               Out(row.z1[i]) * (centre - Out(row.above * u.above[i]));
-    if (row.y0)
+    if constexpr (three_dimensional)
       sum += Out(row.y0[i]) * (centre - Out(row.front * u.front[i])) +
              Out(row.y1[i]) * (centre - Out(row.back * u.back[i]));
     return a * sum;
@@ -176,10 +193,14 @@ KANTOR_SIMD void face_row(const FaceRow<T>& r, double scale, double shift, int64
   };
   if (begin == 0) border(0);
   const int64_t first = std::max<int64_t>(begin, 1), last = std::min<int64_t>(end, nx - 1);
-  if (accumulate)
+  // ivdep: y overlaps none of the many arrays read, which the compiler would otherwise check one by one, or give up.
+  if (accumulate) {
+#pragma GCC ivdep
     for (int64_t i = first; i < last; ++i) y[i] += cell(i, Out(u.centre[i - 1]), Out(u.centre[i + 1]));
-  else
+  } else {
+#pragma GCC ivdep
     for (int64_t i = first; i < last; ++i) y[i] = cell(i, Out(u.centre[i - 1]), Out(u.centre[i + 1]));
+  }
   if (end == nx && nx > 1) border(nx - 1);
 }
 
@@ -196,7 +217,8 @@ void face_rows(const FaceStencil<T>& A, double scale, const T* x, Out* y, Range 
     row.y1 = A.fy ? row.y0 + A.nx : nullptr;
     row.x = A.fx + line * (A.nx + 1);
     row.below = T(iz > 0), row.above = T(iz + 1 < A.nz), row.front = T(iy > 0), row.back = T(iy + 1 < A.ny);
-    face_row(row, scale, double(*A.shift), A.nx, begin, end, y + offset - begin, accumulate);
+    const auto apply = A.fy ? face_row<true, Out, T> : face_row<false, Out, T>;
+    apply(row, scale, double(*A.shift), A.nx, begin, end, y + (offset - begin), accumulate);
   });
 }
 

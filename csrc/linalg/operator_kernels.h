@@ -37,8 +37,8 @@ __device__ __forceinline__ Out difference(const T* x, int64_t i, int64_t offset,
 template <class Out, class T>
 __device__ __forceinline__ Out row_product(const Stencil<T>& A, const T* x, int64_t i) {
   const int64_t line = i / A.nx, ix = i - line * A.nx, iz = line / A.ny, iy = line - iz * A.ny, plane = A.ny * A.nx;
-  const Out dz = difference<Out>(x, i, -plane, iz > 0, A.neumann_z) +
-                 difference<Out>(x, i, plane, iz + 1 < A.nz, A.neumann_z);
+  const Out dz =
+      difference<Out>(x, i, -plane, iz > 0, A.neumann_z) + difference<Out>(x, i, plane, iz + 1 < A.nz, A.neumann_z);
   const Out dy =
       difference<Out>(x, i, -A.nx, iy > 0, A.neumann_y) + difference<Out>(x, i, A.nx, iy + 1 < A.ny, A.neumann_y);
   const Out dx = difference<Out>(x, i, -1, ix > 0, A.neumann_x) + difference<Out>(x, i, 1, ix + 1 < A.nx, A.neumann_x);
@@ -72,7 +72,8 @@ __device__ __forceinline__ Out row_product(const Diagonal<T>& A, const T* x, int
 
 template <unsigned lanes, class T>
 __device__ __forceinline__ T lanes_sum(T value) {
-  for (unsigned distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(simt::full_warp, value, distance);
+  for (unsigned distance = lanes / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(simt::full_warp, value, distance);
   return value;
 }
 
@@ -88,12 +89,14 @@ template <unsigned lanes, class T, class Index>
 __device__ __forceinline__ T shared_row_product(const Csr<T, Index>& A, const T* x, int64_t i, unsigned lane) {
   T sum = 0;
   if (i < A.rows)
-    for (Index k = A.crow[i] + static_cast<Index>(lane); k < A.crow[i + 1]; k += lanes) sum += A.values[k] * x[A.col[k]];
+    for (Index k = A.crow[i] + static_cast<Index>(lane); k < A.crow[i + 1]; k += lanes)
+      sum += A.values[k] * x[A.col[k]];
   return lanes_sum<lanes>(sum);
 }
 
 // y (+)= scale A x for vector blockIdx.y of the batch. `Accept` says whether that vector takes part; `Consume` gets
-// (row, value) from the one thread that owns a row, e.g. to form dot products, and runs once more per thread at the end.
+// (row, value) from the one thread that owns a row, e.g. to form dot products, and runs once more per thread at the
+// end.
 template <unsigned lanes, class Form, class T, class Accept, class Consume>
 __global__ void apply_kernel(Form A, double scale, const T* x, T* y, int64_t rows, int64_t cols, bool accumulate,
                              Accept accept, Consume consume) {
@@ -147,28 +150,28 @@ void for_each_slice(int64_t batch, F&& f) {
 
 // One term; the number of threads that share a row grows with its length.
 template <class Form, class T, class Accept, class Consume>
-void launch_term(const Exec& exec, const Form& A, double scale, int64_t rows, int64_t cols, int64_t batch, unsigned blocks,
-                 const T* x, T* y, bool accumulate, Accept accept, Consume consume) {
+void launch_term(const Exec& exec, const Form& A, double scale, int64_t rows, int64_t cols, int64_t batch,
+                 unsigned blocks, const T* x, T* y, bool accumulate, Accept accept, Consume consume) {
   const dim3 grid(blocks, static_cast<unsigned>(batch));
   double entries = 1;
   if constexpr (std::is_same_v<Form, Dense<T>>) entries = double(cols);
   if constexpr (requires { A.nnz; }) entries = double(A.nnz) / double(std::max<int64_t>(rows, 1));
   if constexpr (std::is_same_v<Form, Dense<T>> || requires { A.nnz; }) {
     if (entries > 16)
-      return SIMT_LAUNCH((apply_kernel<32, Form, T, Accept, Consume>), grid, threads_per_block, 0, exec.stream, A, scale, x,
-                         y, rows, cols, accumulate, accept, consume);
+      return SIMT_LAUNCH((apply_kernel<32, Form, T, Accept, Consume>), grid, threads_per_block, 0, exec.stream, A,
+                         scale, x, y, rows, cols, accumulate, accept, consume);
     if (entries > 3)
-      return SIMT_LAUNCH((apply_kernel<4, Form, T, Accept, Consume>), grid, threads_per_block, 0, exec.stream, A, scale, x,
-                         y, rows, cols, accumulate, accept, consume);
+      return SIMT_LAUNCH((apply_kernel<4, Form, T, Accept, Consume>), grid, threads_per_block, 0, exec.stream, A, scale,
+                         x, y, rows, cols, accumulate, accept, consume);
   }
-  SIMT_LAUNCH((apply_kernel<1, Form, T, Accept, Consume>), grid, threads_per_block, 0, exec.stream, A, scale, x, y, rows,
-              cols, accumulate, accept, consume);
+  SIMT_LAUNCH((apply_kernel<1, Form, T, Accept, Consume>), grid, threads_per_block, 0, exec.stream, A, scale, x, y,
+              rows, cols, accumulate, accept, consume);
 }
 
 // y = A x, at most 65535 vectors; `consume` sees the finished values of y.
 template <class T, class Accept, class Consume>
-void launch_apply(const Exec& exec, const Operator<T>& A, int64_t batch, unsigned blocks, const T* x, T* y, Accept accept,
-                  Consume consume) {
+void launch_apply(const Exec& exec, const Operator<T>& A, int64_t batch, unsigned blocks, const T* x, T* y,
+                  Accept accept, Consume consume) {
   for (size_t t = 0; t < A.terms.size(); ++t) {
     const OperatorTerm<T>& term = A.terms[t];
     std::visit(

@@ -16,9 +16,9 @@ struct TriangularFactor {
   const T* values;
 };
 
-// M^-1 = L L'. The rows are stored level by level: those of one level depend on earlier levels only (in L; on later ones in
-// L'), so they are solved in parallel, and the factor is read in storage order. `rows` tells which row of the matrix each
-// stored row is. The diagonal is stored as its inverse, last in each row of L and first in each row of L'.
+// M^-1 = L L'. The rows are stored level by level: those of one level depend on earlier levels only (in L; on later
+// ones in L'), so they are solved in parallel, and the factor is read in storage order. `rows` tells which row of the
+// matrix each stored row is. The diagonal is stored as its inverse, last in each row of L and first in each row of L'.
 template <class T>
 struct IncompleteCholesky {
   int64_t n, levels;
@@ -34,8 +34,8 @@ using Callback = std::function<void()>;
 template <class T>
 using Preconditioner = std::variant<std::monostate, Diagonal<T>, IncompleteCholesky<T>, Operator<T>, Callback>;
 
-// z = (L L')^-1 r, level by level; `work` holds n elements and may not overlap r or z. 6 words a row beside the factor, which
-// is read twice (lower and upper half).
+// z = (L L')^-1 r, level by level; `work` holds n elements and may not overlap r or z. 6 words a row beside the factor,
+// which is read twice (lower and upper half).
 template <class T>
 void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z);
 template <class T>

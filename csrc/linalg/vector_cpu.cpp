@@ -10,7 +10,8 @@ namespace kantor {
 template <class T>
 KANTOR_SIMD double dot(int64_t n, const T* x, const T* y) {
   return lane_sum(
-      n, [=](int64_t i) KANTOR_INLINE_LAMBDA { return load8(x + i) * load8(y + i); }, [=](int64_t i) KANTOR_INLINE_LAMBDA { return double(x[i]) * double(y[i]); });
+      n, [=](int64_t i) KANTOR_INLINE_LAMBDA { return load8(x + i) * load8(y + i); },
+      [=](int64_t i) KANTOR_INLINE_LAMBDA { return double(x[i]) * double(y[i]); });
 }
 
 template <class T>
@@ -58,7 +59,8 @@ KANTOR_SIMD double update_iterate(int64_t n, T alpha, const T* __restrict p, con
     r[i] -= alpha * q[i];
   }
   return lane_sum(
-      n, [=](int64_t i) KANTOR_INLINE_LAMBDA { return load8(r + i) * load8(r + i); }, [=](int64_t i) KANTOR_INLINE_LAMBDA { return double(r[i]) * double(r[i]); });
+      n, [=](int64_t i) KANTOR_INLINE_LAMBDA { return load8(r + i) * load8(r + i); },
+      [=](int64_t i) KANTOR_INLINE_LAMBDA { return double(r[i]) * double(r[i]); });
 }
 
 template <class T>
@@ -82,14 +84,14 @@ KANTOR_SIMD void scale(int64_t n, double a, const T* __restrict x, Out* __restri
     for (int64_t i = 0; i < n; ++i) y[i] = factor * Out(x[i]);
 }
 
-#define KANTOR_INSTANTIATE(T)                                                          \
-  template double dot(int64_t, const T*, const T*);                                    \
-  template double weighted_square(int64_t, const T*, const T*);                        \
-  template double max_abs(int64_t, const T*);                                          \
-  template void multiply_add(int64_t, T, const T*, T, const T*, T*);                   \
-  template void update_direction(int64_t, T, const T*, T*);                            \
-  template void update_direction_scaled(int64_t, T, const T*, const T*, T*);           \
-  template double update_iterate(int64_t, T, const T*, const T*, T*, T*);              \
+#define KANTOR_INSTANTIATE(T)                                                \
+  template double dot(int64_t, const T*, const T*);                          \
+  template double weighted_square(int64_t, const T*, const T*);              \
+  template double max_abs(int64_t, const T*);                                \
+  template void multiply_add(int64_t, T, const T*, T, const T*, T*);         \
+  template void update_direction(int64_t, T, const T*, T*);                  \
+  template void update_direction_scaled(int64_t, T, const T*, const T*, T*); \
+  template double update_iterate(int64_t, T, const T*, const T*, T*, T*);    \
   template double subtract(int64_t, const T*, const double*, T*);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)

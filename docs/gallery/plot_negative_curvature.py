@@ -2,10 +2,10 @@
 Negative curvature is a result
 ==============================
 
-Conjugate gradients need a positive definite matrix. When the matrix is not, some direction ``d`` has negative curvature,
-``d'Ad < 0``, and the method meets one sooner or later. Many codes go on, or hide it behind a small constant. Kantor
-stops and hands the direction over: for whoever minimises a function it is the best news there is, because the function
-falls along it without end in its quadratic model.
+Conjugate gradients need a positive definite matrix. When the matrix is not, some direction ``d`` has negative
+curvature, ``d'Ad < 0``, and the method meets one sooner or later. Many codes go on, or hide it behind a small constant.
+Kantor stops and hands the direction over: for whoever minimises a function it is the best news there is, because the
+function falls along it without end in its quadratic model.
 
 Here it leads a minimisation away from a saddle point.
 """
@@ -41,7 +41,9 @@ gradient = torch.func.grad(f)
 
 def hessian_times(vectors):
     """Hessian-vector products for vectors of shape (..., 2)."""
-    return torch.vmap(lambda v: torch.func.jvp(gradient, (point,), (v,))[1])(vectors.reshape(-1, 2)).reshape(vectors.shape)
+    return torch.vmap(lambda v: torch.func.jvp(gradient, (point,), (v,))[1])(vectors.reshape(-1, 2)).reshape(
+        vectors.shape
+    )
 
 
 result = cg(hessian_times, -gradient(point), rtol=1e-8)
@@ -51,8 +53,8 @@ print("direction", result.direction.tolist())
 # %%
 # Newton and a line search
 # ------------------------
-# When CG converges, take Newton's step. When it meets negative curvature, walk along the direction, downhill, with a step
-# that is halved until the function falls.
+# When CG converges, take Newton's step. When it meets negative curvature, walk along the direction, downhill, with a
+# step that is halved until the function falls.
 
 path, statuses = [point], []
 for _ in range(20):

@@ -39,7 +39,9 @@ centre, radii = (280, 274), (84, 147)
 y, x = np.mgrid[:height, :width]
 mask = ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 < 1
 
-face = transform.resize(data.chelsea()[15:290, 20:400] / 255, (2 * radii[0] + 10, 2 * radii[1] + 10), anti_aliasing=True)
+face = transform.resize(
+    data.chelsea()[15:290, 20:400] / 255, (2 * radii[0] + 10, 2 * radii[1] + 10), anti_aliasing=True
+)
 top, left = centre[0] - face.shape[0] // 2, centre[1] - face.shape[1] // 2
 source = np.zeros_like(target)
 source[top : top + face.shape[0], left : left + face.shape[1]] = face
@@ -113,8 +115,8 @@ show(pasted=pasted, cloned=insert(result.x))
 #
 # Keeping what is there
 # ---------------------
-# Imported slopes wipe out the reflection of the lamp on the coffee. Taking the larger of the two slopes for each pair of
-# pixels keeps the strong edges of both pictures (equation 13 of the paper). The matrix is the same, and so is ``M``.
+# Imported slopes wipe out the reflection of the lamp on the coffee. Taking the larger of the two slopes for each pair
+# of pixels keeps the strong edges of both pictures (equation 13 of the paper). The matrix is the same, and so is ``M``.
 
 
 def larger_slope(p, q):
@@ -130,9 +132,9 @@ show(cloned=insert(result.x), mixed=insert(mixed.x))
 # %%
 # Against SciPy
 # -------------
-# Without a preconditioner Kantor and SciPy run the same recurrence, so their residuals coincide, iteration by iteration.
-# SciPy's ``cg`` takes one right-hand side: the red channel. Which one is faster, and by how much, is a question for a
-# quiet machine: ``python bench/run.py cg``.
+# Without a preconditioner Kantor and SciPy run the same recurrence, so their residuals coincide, iteration by
+# iteration. SciPy's ``cg`` takes one right-hand side: the red channel. Which one is faster, and by how much, is a
+# question for a quiet machine: ``python bench/run.py cg``.
 
 red = b[0]
 matrix, column = A.to_scipy(), red.numpy()

@@ -1,6 +1,6 @@
 """Draws the picture at the top of the README from what the gallery script on Poisson editing computes.
 
-    python docs/images/make.py        writes docs/images/poisson_editing.png
+python docs/images/make.py        writes docs/images/poisson_editing.png
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     """Run the gallery script and draw pasted, cloned and residuals side by side."""
     run = runpy.run_path(str(HERE.parent / "gallery" / "plot_poisson_editing.py"))
     plt.close("all")
-    height, width, _ = run["target"].shape
+    width = run["target"].shape[1]
     figure, axes = plt.subplots(
         1, 3, figsize=(12, 3.9), dpi=120, layout="constrained", width_ratios=(width, width, 1.3 * width)
     )

@@ -1,8 +1,6 @@
-"""The native module, compiled from csrc/bind. Private: the functions of the package check their arguments first.
-
-``kantor._emu``, which the tests build, has the same contents and runs the CUDA code on the fiber emulator.
-Tensors are contiguous; results are written into tensors that the caller made. ``threads`` is the number of CPU threads.
-"""
+# The native module, compiled from csrc/bind. Private: the functions of the package check their arguments first.
+# kantor._emu, which the tests build, has the same contents and runs the CUDA code on the fiber emulator.
+# Tensors are contiguous; results are written into tensors that the caller made. `threads` counts CPU threads.
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict
@@ -17,13 +15,6 @@ class _BuildInfo(TypedDict):
     cuda_built: bool
     cuda_architectures: str  # as CMake writes them; empty without CUDA
     cuda_runtime: int  # 1000 major + 10 minor; 0 without CUDA
-
-class _CsrReport(TypedDict):
-    bad_row: int  # first row whose pointers decrease or leave the entries; -1 if none
-    bad_entry: int  # first entry whose column is out of range; -1 if none
-    nonfinite_entry: int  # first entry that is NaN or infinite; -1 if none
-    sorted: bool  # columns strictly increase within every row
-    halo: int  # largest |column - row|
 
 __version__: str
 cg_state_size: int  # float64 numbers per system in the `info` of cg
@@ -62,9 +53,11 @@ def cg(
     threads: int,
 ) -> None: ...
 def cg_workspace_bytes(batch: int) -> int: ...
-def csr_check(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> _CsrReport: ...
+def csr_check(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> dict[str, int]: ...  # struct CsrReport
 def csr_transpose(crow: Tensor, col: Tensor, t_crow: Tensor, t_col: Tensor, permutation: Tensor) -> None: ...
 def csr_asymmetry(crow: Tensor, col: Tensor, values: Tensor) -> tuple[float, int, int]: ...  # |a_ij - a_ji|, i, j
 def ic0_factor(crow: Tensor, col: Tensor, values: Tensor, shift: float, factor: Tensor) -> int: ...
 def level_schedule(crow: Tensor, col: Tensor, pointers: Tensor, rows: Tensor) -> int: ...
-def ic0_solve(operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, work: Tensor, z: Tensor, threads: int) -> None: ...
+def ic0_solve(
+    operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, work: Tensor, z: Tensor, threads: int
+) -> None: ...

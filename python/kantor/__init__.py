@@ -4,8 +4,8 @@ import torch  # first: its OpenMP runtime must be the one in the process
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(
-        f"kantor needs torch 2.11 or newer (found {torch.__version__}): its native code reads tensors through the DLPack "
-        "C exchange API, which appeared there. Install one with `pip install 'torch>=2.11'`."
+        f"kantor needs torch 2.11 or newer (found {torch.__version__}): its native code reads tensors through the "
+        "DLPack C exchange API, which appeared there. Install one with `pip install 'torch>=2.11'`."
     )
 
 from importlib.metadata import version as _distribution_version

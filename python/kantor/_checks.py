@@ -41,7 +41,7 @@ def is_readable(tensor: Tensor) -> bool:
 
 
 def host(tensor: Tensor) -> Tensor:
-    """Return the plain values as a contiguous CPU tensor, for native code that looks at structure; also inside torch.func."""
+    """Return the plain values, also inside torch.func, as a contiguous CPU tensor: for code that reads structure."""
     with torch._C._DisableFuncTorch():
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -63,7 +63,9 @@ def check_finite(value: Tensor, function: str, argument: str) -> None:
     if not bool(finite.all()):
         where = tuple(int(i) for i in (~finite).nonzero()[0])
         index = where[0] if len(where) == 1 else where
-        raise ValueError(f"{function}: {argument}: expected finite values, got {value.detach()[where].item()} at {index}")
+        raise ValueError(
+            f"{function}: {argument}: expected finite values, got {value.detach()[where].item()} at {index}"
+        )
 
 
 def check_same(function: str, tensors: Iterable[tuple[str, Tensor | None]]) -> None:

@@ -56,7 +56,7 @@ __all__ = ["Context", "backend", "batch_first", "declare", "emulated", "loop_ove
 
 Rule = Callable[..., Any]
 
-_library = torch.library.Library("kantor", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("kantor", "FRAGMENT")
 # Context-local, so that one thread may emulate while another runs the compiled extension.
 _backend: ContextVar[ModuleType] = ContextVar("kantor_backend", default=_C)
 
@@ -238,7 +238,7 @@ def declare(
     if not 1 <= differentiable_outputs <= signature.outputs:
         raise ValueError(f"declare: {signature.op}: differentiable_outputs: expected 1 to {signature.outputs}")
     namespace, name = signature.op.split("::")
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: torch._ops.OpOverload[..., Any] = getattr(getattr(torch.ops, namespace), name).default
     function = _make_function(op, signature, backward, jvp, differentiable_outputs, save_outputs)
 
@@ -255,12 +255,12 @@ def declare(
         return _below_autograd(op, keyset, args)
 
     for key in ("CPU", "CUDA"):
-        library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
-    library.impl(name, autograd_kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+        library.impl(name, kernel, key)
+    library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
     torch.library.register_fake(signature.op, fake, lib=library)
     vmap = vmap or _vmap_rule(op, signature.names, batched)
     torch.library.register_vmap(signature.op, vmap, lib=library)
-    library.impl(name, _old_vmap_kernel(vmap, signature), "Batched")  # type: ignore[no-untyped-call]
+    library.impl(name, _old_vmap_kernel(vmap, signature), "Batched")
     return op
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SolveStatus(str, Enum):
-    """How a linear solve ended. ``str(status)`` is the plain word; ``status.advice`` says what it means and what to try."""
+    """How a linear solve ended: ``str(status)`` is the plain word, ``status.advice`` what it means and what to try."""
 
     CONVERGED = "converged"
     MAXITER = "maxiter"
@@ -46,18 +46,19 @@ _ADVICE = {
     "result.direction, its curvature result.curvature. For an indefinite A use another method (MINRES in scipy); in a "
     "minimisation the direction is a descent direction. A curvature of the size of rounding can also mean that A is "
     "singular and b not in its range.",
-    SolveStatus.SINGULAR: "A direction of zero curvature was met: A is singular to working precision and b is not in its "
-    "range (or A is conditioned worse than 1/eps). Remove the null space from b (for pure Neumann problems: its mean), or "
-    "add a shift. The direction is result.direction.",
-    SolveStatus.STAGNATED: "The true residual stopped falling above the tolerance: it has reached the rounding level of "
-    "this dtype. Use float64, storage=torch.float32 with float64 input, or a looser rtol.",
-    SolveStatus.BREAKDOWN: "The iteration produced NaN or infinity: look for overflow in the operator or preconditioner.",
+    SolveStatus.SINGULAR: "A direction of zero curvature was met: A is singular to working precision and b is not "
+    "in its range (or A is conditioned worse than 1/eps). Remove the null space from b (for pure Neumann problems: its "
+    "mean), or add a shift. The direction is result.direction.",
+    SolveStatus.STAGNATED: "The true residual stopped falling above the tolerance: it has reached the rounding level "
+    "of this dtype. Use float64, storage=torch.float32 with float64 input, or a looser rtol.",
+    SolveStatus.BREAKDOWN: "The iteration produced NaN or infinity: look for overflow in the operator or the "
+    "preconditioner.",
     SolveStatus.INTERRUPTED: "Interrupted by Ctrl-C: x is the last iterate. To go on pass x0=result.x.",
     SolveStatus.STOPPED: "Stopped by the callback: x is the last iterate.",
-    SolveStatus.UNCHECKED: "The solve ran inside torch.compile, export or vmap, where its numbers cannot be looked at: only x "
-    "is known. Check the residual yourself.",
-    SolveStatus.INDEFINITE_PRECONDITIONER: "The preconditioner gave r'Mr <= 0: it is not positive definite. Use a symmetric "
-    "positive definite M, such as 'jacobi' on a matrix with a positive diagonal.",
+    SolveStatus.UNCHECKED: "The solve ran inside torch.compile, export or vmap, where its numbers cannot be looked at: "
+    "only x is known. Check the residual yourself.",
+    SolveStatus.INDEFINITE_PRECONDITIONER: "The preconditioner gave r'Mr <= 0: it is not positive definite. Use a "
+    "symmetric positive definite M, such as 'jacobi' on a matrix with a positive diagonal.",
 }
 
 
@@ -79,7 +80,7 @@ class History:
 class SolveResult:
     """Result of an iterative solve of ``A x = b``.
 
-    For a batch of right-hand sides the scalars describe the worst system and the fields named ``per_system_*`` all of them.
+    For a batch of right-hand sides the scalars describe the worst system, the fields ``per_system_*`` all of them.
 
     Attributes
     ----------
@@ -98,8 +99,8 @@ class SolveResult:
     seconds : float
         Wall-clock time of the solve.
     direction, curvature : Tensor or None, float or None
-        With status NEGATIVE_CURVATURE or SINGULAR: the direction ``d`` (shaped like ``b``; zero for the systems of a batch
-        that ended otherwise) and ``d'Ad / d'd`` of the first such system.
+        With status NEGATIVE_CURVATURE or SINGULAR: the direction ``d`` (shaped like ``b``; zero for the systems of a
+        batch that ended otherwise) and ``d'Ad / d'd`` of the first such system.
     state : dict
         Keyword arguments to resume or warm start with: ``cg(A, b, **result.state)``.
     per_system_status, per_system_iterations, per_system_residual_norm : list, Tensor, Tensor
@@ -151,7 +152,10 @@ class SolveResult:
         count = len(self.per_system_status)
         rows = [
             ("status", self.status.value),
-            ("unknowns", f"{self.x.numel() // max(count, 1):,}" + (f" x {count} right-hand sides" if count > 1 else "")),
+            (
+                "unknowns",
+                f"{self.x.numel() // max(count, 1):,}" + (f" x {count} right-hand sides" if count > 1 else ""),
+            ),
             ("iterations", f"{self.iterations:,}"),
             ("|b - Ax|", f"{self.residual_norm:.3e}"),
             ("|b - Ax| / |b|", f"{self.relative_residual:.3e}"),

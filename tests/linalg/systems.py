@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kantor.linalg import CSR, Callable as CallableOperator, Dense, Diagonal, LinearOperator, SolveResult, Stencil, cg
+from kantor.linalg import CSR, Dense, Diagonal, LinearOperator, SolveResult, Stencil, cg
+from kantor.linalg import Callable as CallableOperator
 
 F32, F64 = torch.float32, torch.float64
 BOUNDARIES = ("dirichlet", "neumann")
@@ -32,7 +33,9 @@ def spd(n: int, condition: float = 100.0, seed: int = 0) -> Tensor:
 
 def sparse(rows: int, cols: int, density: float = 0.3, seed: int = 0) -> Tensor:
     """Dense form of a sparse matrix whose second and last row are empty."""
-    matrix = random(rows, cols, seed=seed) * (torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) < density)
+    matrix = random(rows, cols, seed=seed) * (
+        torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) < density
+    )
     matrix[1:2] = 0
     matrix[-1:] = 0
     return matrix
@@ -100,7 +103,9 @@ def poisson(grid: Sequence[int] = (9, 11), **options: Any) -> Stencil:
 
 def example_operators(dtype: torch.dtype = F64, device: str = "cpu") -> dict[str, LinearOperator]:
     """Symmetric positive definite operators on 4 x 5 grids, in every form."""
-    stencil = Stencil((4, 5), weights=(2.0, 0.5), boundary=("neumann", "dirichlet"), shift=0.3, dtype=dtype, device=device)
+    stencil = Stencil(
+        (4, 5), weights=(2.0, 0.5), boundary=("neumann", "dirichlet"), shift=0.3, dtype=dtype, device=device
+    )
     faces = Stencil.from_faces([f.to(device, dtype) for f in random_faces((4, 5))], 0.2)
     dense = Dense(spd(20).to(device, dtype))
     csr = csr_of(stencil_matrix((4, 5), (1.0, 3.0), ("dirichlet", "dirichlet"), 0.1)).to(dtype)

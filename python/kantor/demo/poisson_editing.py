@@ -389,8 +389,8 @@ def run(folder: Path, size: Literal["small", "full"] = "full") -> StationReport:
         rows=tuple(comparison.row for comparison in comparisons),
         numeric=frozenset(range(1, 6)),
         note=f"Three colour channels, relative residual {RTOL:g}, float64, {torch.get_num_threads()} CPU thread(s), "
-        "best of up to three runs. Kantor solves the channels as one batch; SciPy's cg takes one right-hand side, so it "
-        "solves one after the other, on the same matrix. Iterations are those of the slowest channel; the ratio is "
+        "best of up to three runs. Kantor solves the channels as one batch; SciPy's cg takes one right-hand side, so "
+        "it solves one after the other, on the same matrix. Iterations are those of the slowest channel; the ratio is "
         "SciPy's time over Kantor's, both without preconditioner; the time with ic0 includes the factorisation.",
     )
     levels = 255 * max(comparison.difference for comparison in comparisons)

@@ -1,11 +1,12 @@
 """The torch operators of ``kantor.linalg``: matvec, cg, ic0_solve and csr_transpose.
 
-Every native operator travels as ``(operands, layout, scales)``; csrc/linalg/operator.h documents the encoding. All operators
-are linear in their floating-point operands, so one bilinear form per kind gives every derivative: with
+Every native operator travels as ``(operands, layout, scales)``; csrc/linalg/operator.h documents the encoding. All
+operators are linear in their floating-point operands, so one bilinear form per kind gives every derivative: with
 ``outer(operands, u, v)`` the gradient of ``u' A v`` with respect to the operands,
 
 * matvec ``y = A x``: gradients ``A' g`` and ``outer(g, x)``;
-* cg ``x = A^-1 b`` (A symmetric): ``l = A^-1 g`` for b and ``-outer(l, x)`` for the operands, by implicit differentiation.
+* cg ``x = A^-1 b`` (A symmetric): ``l = A^-1 g`` for b and ``-outer(l, x)`` for the operands, by implicit
+  differentiation.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def _outer_term(term: Term, scale: float, u: Tensor, v: Tensor) -> list[Tensor |
     return [scale * (u * v).sum().reshape(1), *faces]
 
 
-def outer(operands: Sequence[Tensor], layout: Sequence[int], scales: Sequence[float], u: Tensor, v: Tensor) -> list[Any]:
+def outer(
+    operands: Sequence[Tensor], layout: Sequence[int], scales: Sequence[float], u: Tensor, v: Tensor
+) -> list[Any]:
     """Gradient of ``u' A v``, summed over the batch, with respect to each operand (None for integer ones)."""
     gradients: list[Any] = []
     for term, scale in zip(split_terms(operands, layout), scales, strict=True):
@@ -145,7 +148,7 @@ def _tangent_operands(operands: Sequence[Tensor], tangents: Sequence[Tensor | No
     ]
 
 
-# --- matvec ------------------------------------------------------------------------------------------------------------
+# --- matvec -----------------------------------------------------------------------------------------------------------
 
 
 def _matvec_forward(operands: list[Tensor], layout: list[int], scales: list[float], x: Tensor) -> Tensor:
@@ -163,10 +166,10 @@ def _matvec_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
 
 def _matvec_jvp(ctx: Context, d_operands: Any, d_layout: None, d_scales: None, dx: Tensor | None) -> Tensor:
     operands, layout, scales, x = ctx.inputs
-    result = None if dx is None else matvec(operands, layout, scales, dx)
+    result: Tensor | None = None if dx is None else matvec(operands, layout, scales, dx)
     tangent = _tangent_operands(operands, d_operands)
     if tangent is not None:
-        product = matvec(tangent, layout, scales, x)
+        product: Tensor = matvec(tangent, layout, scales, x)
         result = product if result is None else result + product
     assert result is not None
     return result
@@ -182,7 +185,7 @@ matvec = declare(
 )
 
 
-# --- csr_transpose -----------------------------------------------------------------------------------------------------
+# --- csr_transpose ----------------------------------------------------------------------------------------------------
 
 
 def _csr_transpose_forward(crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +202,7 @@ csr_transpose = declare(
 )
 
 
-# --- cg ----------------------------------------------------------------------------------------------------------------
+# --- cg ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Hooks:
     return_on_interrupt: bool = False
 
 
-hooks: ContextVar[Hooks] = ContextVar("kantor_cg_hooks", default=Hooks())
+hooks: ContextVar[Hooks] = ContextVar("kantor_cg_hooks", default=Hooks())  # noqa: B039 (frozen)
 
 
 def history_length(batch: int, maxiter: int) -> int:
@@ -279,13 +282,12 @@ def _cg_forward(
 
 def _cg_fake(operands: Any, layout: Any, scales: Any, mo: Any, ml: Any, ms: Any, b: Tensor, *options: Any) -> Any:
     length = history_length(b.numel() // max(b.shape[-1], 1), options[-1])
-    double = {"dtype": torch.float64}
     lead = b.shape[:-1]
     return (
         b.new_empty(b.shape),
         b.new_empty(b.shape),
-        b.new_empty((*lead, _C.cg_state_size), **double),
-        b.new_empty((*lead, length), **double),
+        b.new_empty((*lead, _C.cg_state_size), dtype=torch.float64),
+        b.new_empty((*lead, length), dtype=torch.float64),
     )
 
 
@@ -295,7 +297,10 @@ def _derivative_solve(inputs: Sequence[Any], right: Tensor) -> Tensor:
     if rtol == 0:
         rtol = 10 * torch.finfo(right.dtype).eps  # an absolute tolerance of the solution means nothing here
     limit = maxiter if maxiter > 0 else 10 * right.shape[-1]
-    x, _, info, _ = cg(operands, layout, scales, m_operands, m_layout, m_scales, right, None, rtol, 0.0, limit)
+    solved: tuple[Tensor, ...] = cg(
+        operands, layout, scales, m_operands, m_layout, m_scales, right, None, rtol, 0.0, limit
+    )
+    x, _, info, _ = solved
     if is_readable(info) and not bool((info[..., STATUS] == 1).all()):
         warnings.warn(
             "cg: the solve for the derivative did not converge: the gradient is inexact. Raise maxiter or rtol.",
@@ -337,7 +342,7 @@ cg = declare(
 )
 
 
-# --- ic0_solve ---------------------------------------------------------------------------------------------------------
+# --- ic0_solve --------------------------------------------------------------------------------------------------------
 
 
 def _ic0_solve_forward(operands: list[Tensor], layout: list[int], r: Tensor) -> Tensor:
@@ -347,7 +352,7 @@ def _ic0_solve_forward(operands: list[Tensor], layout: list[int], r: Tensor) -> 
     return z
 
 
-ic0_solve = declare(
+ic0_solve: Callable[..., Tensor] = declare(
     "ic0_solve(Tensor[] operands, int[] layout, Tensor r) -> Tensor",
     forward=_ic0_solve_forward,
     fake=lambda operands, layout, r: r.new_empty(r.shape),

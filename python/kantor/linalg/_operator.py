@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable as CallableType
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,8 +81,8 @@ class LinearOperator:
             raise ValueError(f"A @ x: expected one or two dimensions, got {x.ndim}; use A.matvec for batches")
         if x.shape[:1] != (self.shape[1],):
             raise ValueError(
-                f"A @ x: x: expected shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(x.shape)}; use A.matvec for "
-                "rows and for vectors shaped like a grid"
+                f"A @ x: x: expected shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(x.shape)}; use "
+                "A.matvec for rows and for vectors shaped like a grid"
             )
         return self.matvec(x.mT).mT if x.ndim == 2 else self.matvec(x)
 
@@ -115,10 +116,8 @@ class LinearOperator:
 
         dtype = str(self.dtype).removeprefix("torch.")
         transposed = None if self.shape[0] != self.shape[1] else apply(self)
-        try:
+        with suppress(TypeError):  # unknown transpose: solvers for symmetric operators do not need it
             transposed = apply(self.T)
-        except TypeError:
-            pass  # unknown transpose: solvers for symmetric operators do not need it
         return ScipyOperator(self.shape, matvec=apply(self), rmatvec=transposed, dtype=dtype)
 
     def to(self, dtype: torch.dtype) -> LinearOperator:
@@ -128,8 +127,8 @@ class LinearOperator:
     def asymmetry(self) -> tuple[float, str]:
         """Return how far the operator is from symmetric, relative to its entries, and where.
 
-        Zero for forms that are symmetric by construction; ``max |a_ij - a_ji| / max |a_ij|`` for matrices; for callables
-        a probe ``|u'Av - v'Au| / (|u||Av|)`` with fixed vectors.
+        Zero for forms that are symmetric by construction; ``max |a_ij - a_ji| / max |a_ij|`` for matrices; for
+        callables a probe ``|u'Av - v'Au| / (|u||Av|)`` with fixed vectors.
         """
         return 0.0, ""
 
@@ -152,7 +151,7 @@ class LinearOperator:
             return NotImplemented
         return Sum([(1.0, self), (-1.0, other)])
 
-    def __mul__(self, factor: float) -> LinearOperator:
+    def __mul__(self, factor: object) -> LinearOperator:
         if isinstance(factor, Tensor) or not isinstance(factor, int | float):
             raise TypeError(
                 "operator * factor: expected a Python number; to differentiate with respect to a factor scale the "
@@ -172,6 +171,8 @@ class LinearOperator:
 
 class Sum(LinearOperator):
     """Weighted sum of operators; native when all of its terms are. Made by ``+``, ``-`` and ``*``."""
+
+    terms: list[tuple[float, LinearOperator]]
 
     def __init__(self, terms: list[tuple[float, LinearOperator]]) -> None:
         flat: list[tuple[float, LinearOperator]] = []
@@ -240,7 +241,7 @@ class Sum(LinearOperator):
         return Sum([(scale, term.to(dtype)) for scale, term in self.terms])
 
     def asymmetry(self) -> tuple[float, str]:
-        """Return the largest asymmetry of the terms; when it is not small, that of the sum, whose terms may make up for it."""
+        """Return the largest asymmetry of the terms; when not small, that of the sum, where they may make up for it."""
         worst = max((term.asymmetry() for _, term in self.terms), key=lambda pair: pair[0])
         if worst[0] <= 1e2 * torch.finfo(self.dtype).eps:
             return worst
@@ -283,6 +284,6 @@ def as_operator(A: Any, *, like: Tensor | None = None) -> LinearOperator:
             raise TypeError("as_operator: a bare callable has no size; wrap it as kantor.linalg.Callable(fn, n)")
         return Callable(A, like.shape[-1], dtype=like.dtype, device=like.device)
     raise TypeError(
-        "as_operator: A: expected a tensor, a kantor operator, a scipy sparse matrix or LinearOperator, or a callable, got "
-        f"{type(A).__name__}"
+        "as_operator: A: expected a tensor, a kantor operator, a scipy sparse matrix or LinearOperator, or a callable, "
+        f"got {type(A).__name__}"
     )

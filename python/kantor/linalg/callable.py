@@ -85,6 +85,15 @@ class Callable(LinearOperator):
             raise TypeError("Callable has no transpose; pass transpose=")
         return Callable(self.transpose, self.shape[0], dtype=self.dtype, device=self.device, transpose=self.fn)
 
+    def to(self, dtype: torch.dtype) -> Callable:
+        """Return the same function on vectors of another dtype: they are converted on the way in and out."""
+
+        def converted(fn: CallableType[[Tensor], Tensor]) -> CallableType[[Tensor], Tensor]:
+            return lambda x: fn(x.to(self.dtype)).to(dtype)
+
+        transpose = None if self.transpose is None else converted(self.transpose)
+        return Callable(converted(self.fn), self.shape[0], dtype=dtype, device=self.device, transpose=transpose)
+
     def asymmetry(self) -> tuple[float, str]:
         """Return a probe ``|u'Av - v'Au|`` relative to its terms."""
         return self._asymmetry_by_probe()

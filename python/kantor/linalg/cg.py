@@ -67,8 +67,8 @@ def cg(
 ) -> SolveResult:
     """Solve ``A x = b`` for symmetric positive definite A by preconditioned conjugate gradients.
 
-    Stops when ``|b - A x| <= max(rtol |b|, atol)``, checked at the end on the true residual formed in double precision: a
-    result that says it converged has. Negative curvature ``d'Ad < 0`` is a result of its own, with the direction.
+    Stops when ``|b - A x| <= max(rtol |b|, atol)``, checked at the end on the true residual formed in double precision:
+    a result that says it converged has. Negative curvature ``d'Ad < 0`` is a result of its own, with the direction.
 
     Parameters
     ----------
@@ -118,8 +118,8 @@ def cg(
     Notes
     -----
     Memory: x, r, p, q and, with a preconditioner other than Jacobi, z. Traffic per unknown and iteration: 8 words for
-    stencils, 10 and the matrix for CSR (csrc/linalg/cg_cpu.cpp). Deterministic: the same bits for any number of threads.
-    Derivatives of a callable A are first order only.
+    stencils, 10 and the matrix for CSR (csrc/linalg/cg_cpu.cpp). Deterministic: the same bits for any number of
+    threads. Derivatives of a callable A are first order only.
 
     Source: Hestenes & Stiefel 1952; Saad, *Iterative Methods for Sparse Linear Systems*, 2nd ed., algorithm 9.1.
 
@@ -149,7 +149,9 @@ def cg(
         x, direction, _, _ = problem.solve_traced()
         return _unchecked(restore(x))
     if not problem.is_native and any(map(torch._C._functorch.is_functorch_wrapped_tensor, problem.tensors)):
-        raise TypeError("cg: inside torch.func operator and preconditioner must be native; torch.autograd takes callables")
+        raise TypeError(
+            "cg: inside torch.func operator and preconditioner must be native; torch.autograd takes callables"
+        )
 
     started = time.perf_counter()
     wants_gradient = torch.is_grad_enabled() and (
@@ -250,8 +252,8 @@ class _Problem:
         )
         if bool((info[..., _native.STATUS] == _native.BAD_SCALE).any()):
             raise ValueError(
-                "cg: b: expected right-hand sides (and x0) of comparable size, got sizes that no common scale brings into the "
-                "range of the dtype; solve them separately, with rtol alone, or start from zero"
+                "cg: b: expected right-hand sides (and x0) of comparable size, got sizes that no common scale brings "
+                "into the range of the dtype; solve them separately, with rtol alone, or start from zero"
             )
         norms = [_native.RESIDUAL_NORM, _native.B_NORM]
         info = info.clone()
@@ -275,6 +277,8 @@ class _Problem:
         target = torch.maximum(self.rtol * b_norm, atol)
         residual = b - self.A.matvec(x) if x0 is not None else b
         norm = residual.norm(dim=-1)
+        if bool((norm <= target).all()):
+            return self._in_range(self._native if self.is_native else self._called)
         used = 0
         legs: list[tuple[Tensor, Tensor]] = []
         while True:
@@ -283,7 +287,9 @@ class _Problem:
             inner_rtol = min(max(needed, 16 * torch.finfo(storage).eps), 1.0)
             inner = _Problem(A, M, (residual / scale).to(storage), None, inner_rtol, 0.0, self.maxiter - used)
             with _shifted_monitor(used, float(_scaled(scale, exponents).max())):
-                correction, direction, info, history = inner._in_range(inner._native if inner.is_native else inner._called)
+                correction, direction, info, history = inner._in_range(
+                    inner._native if inner.is_native else inner._called
+                )
             x = x + correction.to(x.dtype) * scale
             used += int(info[..., _native.ITERATIONS].max())
             residual = b - self.A.matvec(x)
@@ -315,7 +321,8 @@ class _Problem:
             )
             return result[0]
         residual = self.b - self.A.matvec(x.detach())
-        return x.detach() + _CallableSolve.apply(residual, self)
+        correction: Tensor = _CallableSolve.apply(residual, self)  # type: ignore[no-untyped-call]
+        return x.detach() + correction
 
 
 class _CallableSolve(torch.autograd.Function):
@@ -364,7 +371,7 @@ def _shifted_monitor(iterations: int, scale: float) -> Iterator[None]:
 
 
 def _merge_histories(legs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
-    """One history per system from the legs of a refinement, and its stride. A system that waits repeats its last norm."""
+    """One history per system from the legs of a refinement, and its stride; a waiting system repeats its last norm."""
     parts = []
     for number, (history, info) in enumerate(legs):
         steps = torch.arange(min(number, 1), int(info[..., _native.ITERATIONS].max()) + 1, device=history.device)
@@ -417,8 +424,8 @@ def _require_symmetric(A: LinearOperator) -> None:
     relative, where = A.asymmetry()
     if relative > 1e3 * torch.finfo(A.dtype).eps:
         raise ValueError(
-            f"cg: A is not symmetric: {where}. Conjugate gradients need a symmetric matrix; symmetrise it as (A + A.T) / 2 "
-            "if that is what you mean, or use a method for general matrices (GMRES, BiCGSTAB in scipy)"
+            f"cg: A is not symmetric: {where}. Conjugate gradients need a symmetric matrix; symmetrise it as "
+            "(A + A.T) / 2 if that is what you mean, or use a method for general matrices (GMRES, BiCGSTAB in scipy)"
         )
 
 

@@ -16,10 +16,10 @@ from kantor.linalg._operator import LinearOperator
 
 
 class CSR(LinearOperator):
-    """A sparse matrix: the columns and values of row i are ``col[crow[i]:crow[i+1]]`` and ``values[crow[i]:crow[i+1]]``.
+    """A sparse matrix: row i has the columns ``col[crow[i]:crow[i+1]]`` and the values ``values[crow[i]:crow[i+1]]``.
 
-    The structure is checked once, here; indices are kept as int32 where they fit. Rows that are not sorted are sorted and
-    duplicate entries added up. Solutions are differentiable with respect to ``values``.
+    The structure is checked once, here; indices are kept as int32 where they fit. Rows that are not sorted are sorted
+    and duplicate entries added up. Solutions are differentiable with respect to ``values``.
 
     Parameters
     ----------
@@ -46,7 +46,9 @@ class CSR(LinearOperator):
             if tensor.ndim != 1:
                 raise ValueError(f"CSR: {name}: expected one dimension, got shape {tuple(tensor.shape)}")
             if tensor.device != values.device:
-                raise ValueError(f"CSR: {name} is on {tensor.device}, values on {values.device}; move one with .to(device)")
+                raise ValueError(
+                    f"CSR: {name} is on {tensor.device}, values on {values.device}; move one with .to(device)"
+                )
         for name, tensor in (("crow", crow), ("col", col)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"CSR: {name}: expected int32 or int64, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -83,11 +85,11 @@ class CSR(LinearOperator):
                 f"CSR: crow: must start at 0, never decrease and end at {self.col.numel()}; it fails at row {row}"
             )
         if (entry := report["bad_entry"]) >= 0:
-            raise ValueError(
-                f"CSR: col: entry {entry} is {int(self.col[entry])}, outside 0..{self.shape[1] - 1}"
-            )
+            raise ValueError(f"CSR: col: entry {entry} is {int(self.col[entry])}, outside 0..{self.shape[1] - 1}")
         if (entry := report["nonfinite_entry"]) >= 0:
-            raise ValueError(f"CSR: values: entry {entry} is {float(self.values.detach()[entry])}; expected finite values")
+            raise ValueError(
+                f"CSR: values: entry {entry} is {float(self.values.detach()[entry])}; expected finite values"
+            )
         return report
 
     def _sort(self) -> None:
@@ -104,8 +106,10 @@ class CSR(LinearOperator):
     @classmethod
     def from_coo(cls, rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
         """Build from triplets in any order; duplicates are added up. Differentiable in the values."""
-        if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < shape[0]):
-            raise ValueError(f"CSR.from_coo: rows: expected 0..{shape[0] - 1}, got {int(rows.min())}..{int(rows.max())}")
+        if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < shape[0]):
+            raise ValueError(
+                f"CSR.from_coo: rows: expected 0..{shape[0] - 1}, got {int(rows.min())}..{int(rows.max())}"
+            )
         order = torch.argsort(rows, stable=True)
         counts = torch.bincount(rows.long(), minlength=shape[0])
         crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -138,8 +142,8 @@ class CSR(LinearOperator):
             matrix = matrix.astype("float64")
         if matrix.dtype.kind != "f" or matrix.dtype.itemsize not in (4, 8):
             raise TypeError(f"CSR.from_any: expected float32 or float64 entries, got {matrix.dtype}")
-        arrays = (torch.from_numpy(array) for array in (matrix.indptr, matrix.indices, matrix.data))
-        return cls(*arrays, (matrix.shape[0], matrix.shape[1]))
+        crow, col, values = (torch.from_numpy(array) for array in (matrix.indptr, matrix.indices, matrix.data))
+        return cls(crow, col, values, (matrix.shape[0], matrix.shape[1]))
 
     @classmethod
     def from_mtx(cls, path: str | Path) -> CSR:
@@ -166,7 +170,10 @@ class CSR(LinearOperator):
             raise ValueError(f"CSR.from_mtx: {path}: not a readable Matrix Market file: {error}") from error
         if matrix.dtype.kind == "c":
             raise ValueError(f"CSR.from_mtx: {path}: complex entries are not supported; split real and imaginary parts")
-        return cls.from_any(coo_array(matrix).astype("float64"))
+        try:
+            return cls.from_any(coo_array(matrix).astype("float64"))
+        except ValueError as error:
+            raise ValueError(f"CSR.from_mtx: {path}: {error}") from error
 
     @property
     def nnz(self) -> int:

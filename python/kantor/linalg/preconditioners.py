@@ -69,6 +69,13 @@ class IncompleteCholesky(LinearOperator):
         result: Tensor = _native.ic0_solve(operands, layout, x)
         return result
 
+    def to(self, dtype: torch.dtype) -> IncompleteCholesky:
+        """Convert the factor."""
+        operands = [t.to(dtype) if t.is_floating_point() else t for t in self._encoded.operands]
+        return IncompleteCholesky(
+            self._encoded._replace(operands=operands), self.shape[0], self.shift, dtype, self.device
+        )
+
     @property
     def T(self) -> IncompleteCholesky:  # noqa: N802
         """Itself: the operator is symmetric."""

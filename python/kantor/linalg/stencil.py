@@ -41,7 +41,8 @@ class _GridOperator(LinearOperator):
     def matvec(self, x: Tensor) -> Tensor:
         """Return ``A x`` for x of shape ``(..., n)`` or ``(..., *grid)``."""
         if isinstance(x, Tensor) and x.ndim >= len(self.grid) and tuple(x.shape[-len(self.grid) :]) == self.grid:
-            return super().matvec(x.flatten(-len(self.grid))).unflatten(-1, self.grid)
+            result: Tensor = super().matvec(x.flatten(-len(self.grid))).unflatten(-1, self.grid)
+            return result
         return super().matvec(x)
 
     @property
@@ -50,7 +51,7 @@ class _GridOperator(LinearOperator):
         return self
 
     def _couplings(self) -> list[Tensor]:
-        """Per axis, the coupling between a cell and its next one along that axis, shaped like the grid less one there."""
+        """Per axis, the coupling of a cell and its next one along that axis, shaped like the grid less one there."""
         raise NotImplementedError  # both sub-classes define it
 
     def to_csr(self) -> CSR:
@@ -71,8 +72,8 @@ class _GridOperator(LinearOperator):
 class Stencil(_GridOperator):
     """Constant-coefficient stencil on a regular grid: five points in two dimensions, seven in three.
 
-    ``(A u)_i = shift u_i + sum_axis w_axis (2 u_i - u_left - u_right)``: with ``weights = 1 / h**2`` the negative Laplacian
-    of grid spacing h. Solutions are differentiable with respect to weights and shift when these are tensors.
+    ``(A u)_i = shift u_i + sum_axis w_axis (2 u_i - u_left - u_right)``: with ``weights = 1 / h**2`` the negative
+    Laplacian of grid spacing h. Solutions are differentiable with respect to weights and shift when these are tensors.
 
     Parameters
     ----------
@@ -129,7 +130,9 @@ class Stencil(_GridOperator):
             check_finite(self.shift.reshape(1), "Stencil", "shift")
         kinds = [boundary] * dims if isinstance(boundary, str) else list(boundary)
         if len(kinds) != dims or any(kind not in _BOUNDARIES for kind in kinds):
-            raise ValueError(f"Stencil: boundary: expected 'dirichlet' or 'neumann', or {dims} of them, got {boundary!r}")
+            raise ValueError(
+                f"Stencil: boundary: expected 'dirichlet' or 'neumann', or {dims} of them, got {boundary!r}"
+            )
         self.boundary = tuple(kinds)
 
     @staticmethod
@@ -141,7 +144,9 @@ class Stencil(_GridOperator):
         """One constant stencil term."""
         three = len(self.grid) == 3
         flags = [_BOUNDARIES[kind] for kind in self.boundary]
-        weights = self.weights if three else torch.stack([self.weights[0], torch.zeros_like(self.shift), self.weights[1]])
+        weights = (
+            self.weights if three else torch.stack([self.weights[0], torch.zeros_like(self.shift), self.weights[1]])
+        )
         boundaries = flags if three else [flags[0], 0, flags[1]]
         return Encoded(
             [torch.cat([self.shift.reshape(1), weights])], [STENCIL, *self._native_grid(), *boundaries], [1.0]
@@ -201,13 +206,16 @@ class FaceStencil(_GridOperator):
         check_same("Stencil.from_faces", list(zip(names, faces, strict=True)))
         first = list(faces[0].shape)
         if len(first) != len(faces):
-            raise ValueError(f"Stencil.from_faces: {names[0]}: expected {len(faces)} dimensions, got shape {tuple(first)}")
+            raise ValueError(
+                f"Stencil.from_faces: {names[0]}: expected {len(faces)} dimensions, got shape {tuple(first)}"
+            )
         self._set_grid("Stencil.from_faces", [first[0] - 1, *first[1:]])
         for axis, (name, face) in enumerate(zip(names, faces, strict=True)):
             expected = tuple(n + (a == axis) for a, n in enumerate(self.grid))
             if tuple(face.shape) != expected:
                 raise ValueError(
-                    f"Stencil.from_faces: {name}: expected shape {expected} for the grid {self.grid}, got {tuple(face.shape)}"
+                    f"Stencil.from_faces: {name}: expected shape {expected} for the grid {self.grid}, "
+                    f"got {tuple(face.shape)}"
                 )
             check_finite(face, "Stencil.from_faces", name)
         self.faces = tuple(faces)
