@@ -23,6 +23,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 root_doc = "index"
+default_role = "code"  # single backticks in docstrings are names
 exclude_patterns = ["_build", "gallery/*"]
 nitpicky = True  # every cross reference must lead somewhere ...
 nitpick_ignore_regex = [
@@ -56,6 +57,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery_built",
     "filename_pattern": r"plot_",
     "abort_on_example_error": True,
+    "capture_repr": (),
     "copyfile_regex": "",
     "download_all_examples": False,
     "matplotlib_animations": False,
@@ -63,6 +65,7 @@ sphinx_gallery_conf = {
     "reset_modules": (),
     "show_memory": False,
     "show_signature": False,
+    "within_subsection_order": "ExampleTitleSortKey",
     "write_computation_times": False,
 }
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)

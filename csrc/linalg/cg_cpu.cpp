@@ -189,8 +189,9 @@ class CpuSpace {
   }
 
   void add_products(int64_t k, int64_t chunk, Range rows, const T* q) {
-    sum(0, k, chunk) += dot(rows.size(), v_.p + k * v_.n + rows.begin, q);
-    sum(1, k, chunk) += dot(rows.size(), q, q);
+    const PairOfDots dots = pair_of_dots(rows.size(), v_.p + k * v_.n + rows.begin, q);
+    sum(0, k, chunk) += dots.pq;
+    sum(1, k, chunk) += dots.qq;
   }
 
   // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then,

@@ -302,7 +302,7 @@ Chunks chunks_of(const Operator<T>& A) {
 
 template <class T>
 int64_t work_of(const Operator<T>& A, int64_t batch) {
-  return static_cast<int64_t>(std::min(double(A.rows) * double(batch) * (1 + words_per_row(A)), 1e18));
+  return static_cast<int64_t>(std::min(double(A.rows) * double(batch) * (1 + words_per_row(A) / 4), 1e18));
 }
 
 template <class T>

@@ -2,10 +2,11 @@
 Negative curvature is a result
 ==============================
 
-Conjugate gradients need a positive definite matrix. When the matrix is not, some direction ``d`` has negative
-curvature, ``d'Ad < 0``, and the method meets one sooner or later. Many codes go on, or hide it behind a small constant.
-Kantor stops and hands the direction over: for whoever minimises a function it is the best news there is, because the
-function falls along it without end in its quadratic model.
+Conjugate gradients need a positive definite matrix. When the matrix is not, some
+direction ``d`` has negative curvature, ``d'Ad < 0``, and sooner or later the method
+meets one. Many codes go on, or hide it behind a small constant. Kantor stops and
+hands the direction over. For whoever minimises a function that is useful: along it
+the quadratic model of the function falls without end.
 
 Here it leads a minimisation away from a saddle point.
 """
@@ -13,7 +14,8 @@ Here it leads a minimisation away from a saddle point.
 # %%
 # A saddle
 # --------
-# ``f(x, y) = x^2 + (y^2 - 1)^2 / 4`` has two minima, at (0, 1) and (0, -1), and a saddle at the origin between them.
+# ``f(x, y) = x^2 + (y^2 - 1)^2 / 4`` has two minima, at (0, 1) and (0, -1), and a
+# saddle at the origin between them.
 
 import warnings
 
@@ -22,7 +24,8 @@ import torch
 
 from kantor.linalg import SolveStatus, cg
 
-warnings.simplefilter("ignore", RuntimeWarning)  # a solve that does not converge warns; here its status is looked at
+# A solve that does not converge warns; here its status is looked at instead.
+warnings.simplefilter("ignore", RuntimeWarning)
 
 
 def f(point):
@@ -32,18 +35,16 @@ def f(point):
 
 
 # %%
-# Newton's step solves ``H s = -g`` with the Hessian ``H`` as a matrix-free operator, one Hessian-vector product an
-# iteration. Close to the saddle ``H`` is indefinite.
+# Newton's step solves ``H s = -g`` with the Hessian ``H`` as a matrix-free operator:
+# one Hessian-vector product an iteration. Close to the saddle ``H`` is indefinite.
 
 point = torch.tensor([0.8, 0.05], dtype=torch.float64)
 gradient = torch.func.grad(f)
 
 
-def hessian_times(vectors):
-    """Hessian-vector products for vectors of shape (..., 2)."""
-    return torch.vmap(lambda v: torch.func.jvp(gradient, (point,), (v,))[1])(vectors.reshape(-1, 2)).reshape(
-        vectors.shape
-    )
+def hessian_times(v):
+    """Hessian-vector product at the current point."""
+    return torch.func.jvp(gradient, (point,), (v,))[1]
 
 
 result = cg(hessian_times, -gradient(point), rtol=1e-8)
@@ -53,8 +54,8 @@ print("direction", result.direction.tolist())
 # %%
 # Newton and a line search
 # ------------------------
-# When CG converges, take Newton's step. When it meets negative curvature, walk along the direction, downhill, with a
-# step that is halved until the function falls.
+# When CG converges, take Newton's step. When it meets negative curvature, walk along
+# the direction, downhill. Halve the step until the function falls.
 
 path, statuses = [point], []
 for _ in range(20):
@@ -63,7 +64,8 @@ for _ in range(20):
         break
     result = cg(hessian_times, -g, rtol=1e-8)
     statuses.append(str(result.status))
-    step = result.direction if result.status is SolveStatus.NEGATIVE_CURVATURE else result.x
+    negative = result.status is SolveStatus.NEGATIVE_CURVATURE
+    step = result.direction if negative else result.x
     if step @ g > 0:
         step = -step
     length = 1.0
@@ -72,17 +74,23 @@ for _ in range(20):
     point = point + length * step
     path.append(point)
 
-print(statuses)
-print(f"ends at ({point[0]:.6f}, {point[1]:.6f}), f = {f(point):.1e}")
+print("\n".join(statuses))
+print(f"ends at ({abs(point[0]):.6f}, {point[1]:.6f}), f = {f(point):.0e}")
 
 # %%
+# Three steps along negative curvature lead into the upper valley, where Newton's method
+# takes over.
+
 figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-x, y = torch.meshgrid(torch.linspace(-1, 1, 201), torch.linspace(-1.5, 1.5, 301), indexing="xy")
-ax.contour(x, y, f((x, y)), levels=[0.01, 0.05, 0.1, 0.2, 0.25, 0.35, 0.5, 0.8, 1.2], colors="0.75", linewidths=1)
-track = torch.stack(path)
-ax.plot(track[:, 0], track[:, 1], marker="o", color="#0b5c8a")
-ax.plot(0, 0, marker="x", color="#b3541e", markersize=9, linestyle="none")
-ax.annotate("saddle", (0, 0), (8, -4), textcoords="offset points", color="#b3541e")
-ax.annotate("start", path[0].tolist(), (8, -4), textcoords="offset points", color="#0b5c8a")
+x, y = torch.linspace(-1, 1, 201), torch.linspace(-1.5, 1.5, 301)
+x, y = torch.meshgrid(x, y, indexing="xy")
+levels = [0.01, 0.05, 0.1, 0.2, 0.25, 0.35, 0.5, 0.8, 1.2]
+ax.contour(x, y, f((x, y)), levels=levels, colors="0.75", linewidths=1)
+ax.plot(*torch.stack(path).T, marker="o", color="#0b5c8a", label="path")
+ax.plot(
+    *path[0], marker="o", color="#0b5c8a", markerfacecolor="white", label="start"
+)
+ax.plot(0, 0, marker="x", color="#b3541e", linestyle="none", label="saddle")
 ax.set(xlabel="x", ylabel="y", aspect="equal")
+ax.legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
 plt.show()

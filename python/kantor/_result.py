@@ -103,8 +103,12 @@ class SolveResult:
         batch that ended otherwise) and ``d'Ad / d'd`` of the first such system.
     state : dict
         Keyword arguments to resume or warm start with: ``cg(A, b, **result.state)``.
-    per_system_status, per_system_iterations, per_system_residual_norm : list, Tensor, Tensor
+    per_system_status : list of SolveStatus
         One entry per right-hand side, flattened.
+    per_system_iterations : Tensor
+        Iterations of each, int64.
+    per_system_residual_norm : Tensor
+        True residual norm of each, float64.
     """
 
     x: Tensor

@@ -30,8 +30,10 @@ class LinearOperator:
     ----------
     shape : tuple of int
         ``(rows, columns)``.
-    dtype, device : torch.dtype, torch.device
-        Of the entries; vectors must match both.
+    dtype : torch.dtype
+        Of the entries; vectors must match.
+    device : torch.device
+        Of the entries; vectors must match.
     """
 
     shape: tuple[int, int]
