@@ -39,7 +39,6 @@ autosummary_generate = False
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-python_maximum_signature_line_length = 88
 
 root = Path(__file__).resolve().parent.parent
 doctest_global_setup = f"""

@@ -64,7 +64,7 @@ def requirements(names: list[str]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a new environment: the wheel, and links to the torch and numpy of this one with what they need."""
+    """The interpreter of a new environment: the wheel, and links to the torch and numpy of this one and their needs."""
     folder = tmp_path_factory.mktemp("clean")
     links = folder / "links"
     links.mkdir()

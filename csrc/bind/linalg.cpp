@@ -230,7 +230,8 @@ void bind_ic0_solve(const Operands& operands, const Layout& layout, const Tensor
           continue;
         }
       (void)use_cuda_code(r);
-      solve_incomplete_cholesky_cpu(exec, M, rs, works, zs);
+      Team::run(threads_of(M, exec.threads), false,
+                [&](Team& team) { solve_incomplete_cholesky_cpu(team, M, rs, works, zs); });
     }
   });
 }

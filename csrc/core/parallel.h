@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <thread>
+#include <type_traits>
 
 namespace kantor {
 
@@ -36,7 +39,7 @@ inline Range share(int64_t count, int index, int workers) {
   return {count * index / workers, count * (index + 1) / workers};
 }
 
-// body(worker, workers) on each thread of a team; `barrier()` below may be used inside.
+// body(worker, workers) on each of `threads` threads.
 template <class Body>
 void parallel_region(int threads, Body&& body) {
   if (threads <= 1) {
@@ -47,13 +50,9 @@ void parallel_region(int threads, Body&& body) {
   body(omp_get_thread_num(), omp_get_num_threads());
 }
 
-inline void barrier() {
-#pragma omp barrier
-}
-
-// A barrier for loops with hundreds of short stages: spins for about a microsecond, then offers the processor to
-// others. OpenMP's own either sleeps at once (OMP_WAIT_POLICY=passive: tens of microseconds a stage) or spins for very
-// long.
+// A barrier for many short stages: spins for about a microsecond, then lets others run, at last sleeps. OpenMP's own either
+// sleeps at once (OMP_WAIT_POLICY=passive: tens of microseconds a stage) or spins for milliseconds, which on a busy machine
+// means waiting for a thread that cannot run.
 class ShortBarrier {
  public:
   void wait(int workers) {
@@ -63,12 +62,77 @@ class ShortBarrier {
       stage_.store(stage + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; stage_.load(std::memory_order_acquire) == stage; ++spins)
-      if (spins > 1000) std::this_thread::yield();
+    for (int spins = 0; stage_.load(std::memory_order_acquire) == stage; ++spins) {
+      if (spins > 100000)
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      else if (spins > 1000)
+        std::this_thread::yield();
+    }
   }
 
  private:
   std::atomic<int> arrived_{0}, stage_{0};
+};
+
+// Threads for an algorithm of many short passes. A standing team is one parallel region for the whole algorithm, whose
+// workers wait for the next pass at a ShortBarrier. Where Python is called back between passes the team does not stand:
+// each pass is a region of its own, and the callback may use all threads.
+class Team {
+ public:
+  // main(team) on the calling thread.
+  template <class Main>
+  static void run(int threads, bool standing, Main&& main) {
+    Team team;
+    team.threads_ = threads;
+    if (threads <= 1 || !standing) return main(team);
+    std::exception_ptr error;  // may not leave the parallel region by itself
+    parallel_region(threads, [&](int worker, int workers) {
+      if (worker > 0) return team.serve(worker, workers);
+      team.workers_ = workers;
+      try {
+        main(team);
+      } catch (...) {
+        error = std::current_exception();
+      }
+      team.job_ = nullptr;
+      team.barrier_.wait(workers);
+    });
+    if (error) std::rethrow_exception(error);
+  }
+
+  int threads() const { return threads_; }
+
+  // body(worker, workers) on every thread; returns when all are done.
+  template <class Body>
+  void pass(Body&& body) {
+    if (workers_ == 0) return parallel_region(threads_, body);
+    job_ = [](void* context, int worker, int workers) { (*static_cast<std::remove_reference_t<Body>*>(context))(worker, workers); };
+    context_ = const_cast<void*>(static_cast<const void*>(&body));
+    barrier_.wait(workers_);
+    body(0, workers_);
+    barrier_.wait(workers_);
+  }
+
+  // Inside a pass, between stages of it.
+  void barrier(int workers) {
+    if (workers > 1) stages_.wait(workers);
+  }
+
+ private:
+  void serve(int worker, int workers) {
+    for (;;) {
+      barrier_.wait(workers);
+      if (!job_) return;
+      job_(context_, worker, workers);
+      barrier_.wait(workers);
+    }
+  }
+
+  int threads_ = 1;
+  int workers_ = 0;  // of a standing team
+  void (*job_)(void*, int, int) = nullptr;
+  void* context_ = nullptr;
+  ShortBarrier barrier_, stages_;
 };
 
 // body(i) for i in 0..count-1, contiguous shares.

@@ -104,7 +104,7 @@ KANTOR_HD void cg_after_apply(CgState& s, const CgOptions& options, double pq, d
   if (!s.running()) return;
   const double previous_alpha = s.alpha;
   s.alpha = 0;  // a latched system takes no step
-  if (!(std::isfinite(pq) && std::isfinite(qq))) return s.finish(CgStatus::breakdown);
+  if (!std::isfinite(pq)) return s.finish(CgStatus::breakdown);
   s.curvature = pq;
   // What rounding alone can make of p'Ap. A value within it has no sign: the curvature is zero to working precision. In
   // the first iteration nothing is known about A, and the sign is taken as it is.
@@ -114,9 +114,10 @@ KANTOR_HD void cg_after_apply(CgState& s, const CgOptions& options, double pq, d
   const double alpha = s.rz / pq;
   // Diagonal of the Lanczos matrix: a lower bound of the largest eigenvalue of M A, for free.
   s.lambda_max = std::fmax(s.lambda_max, 1 / alpha + (previous_alpha > 0 ? s.beta / previous_alpha : 0));
-  // Curvature zero to rounding AND a step that would blow the residual up: A is singular and b not in its range. The
-  // size of the curvature alone proves nothing (a badly scaled but solvable system has tiny ones too).
-  if (pq <= noise && alpha * alpha * qq > 1e4 * s.rr) return s.finish(CgStatus::singular);
+  // Curvature zero to rounding AND a product that does not lie along p, without M |p| |q| > 4 p.q: q is rounding too, A is
+  // singular and b not in its range. The size of the curvature alone proves nothing: a badly scaled but solvable system
+  // has tiny ones too, but then p is an eigenvector.
+  if (pq <= noise && alpha * alpha * qq * s.pmp > 16 * s.rz * s.rr) return s.finish(CgStatus::singular);
   s.alpha = alpha;
 }
 

@@ -25,13 +25,12 @@ constexpr int64_t block_size = 1024;
 template <class T>
 class CpuSpace {
  public:
-  CpuSpace(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
+  CpuSpace(Team& team, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
            const CgVectors<T>& v, const CgOptions& options)
-      : exec_(exec), A_(A), apply_(apply), M_(M), v_(v), options_(options) {
+      : team_(team), A_(A), apply_(apply), M_(M), v_(v), options_(options) {
     chunks_ = A ? chunks_of(*A) : Chunks{v.n};
     halo_ = A ? halo_of(*A) : v.n;
     recompute_ = A && words_per_row(*A) <= 1;
-    threads_ = threads_for(exec.threads, A ? work_of(*A, v.batch) : v.n * v.batch);
     sums_.resize(static_cast<size_t>(2 * v.batch * chunks_.count()));
     if (const auto* d = std::get_if<Diagonal<T>>(&M)) scaling_ = d->values;
   }
@@ -62,7 +61,7 @@ class CpuSpace {
     const auto running_systems = [this](int64_t k) { return running(k); };
     if (const auto* M = std::get_if<IncompleteCholesky<T>>(&M_)) {
       for (int64_t k = 0; k < v_.batch; ++k)  // q is free between the update and the next product
-        if (running(k)) solve_incomplete_cholesky_cpu(exec_, *M, v_.r + k * v_.n, v_.q + k * v_.n, v_.z + k * v_.n);
+        if (running(k)) solve_incomplete_cholesky_cpu(team_, *M, v_.r + k * v_.n, v_.q + k * v_.n, v_.z + k * v_.n);
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     }
@@ -92,7 +91,7 @@ class CpuSpace {
           [&](int64_t k, int64_t chunk, Range rows) { add_products(k, chunk, rows, v_.q + k * v_.n + rows.begin); });
     } else {
       clear_sums();
-      split([&](Range chunks, Range systems) { direction_and_apply(chunks, systems); });
+      split([&](Range chunks, Range systems, int workers) { direction_and_apply(chunks, systems, workers); });
     }
     for (int64_t k = 0; k < v_.batch; ++k) cg_after_apply(v_.states[k], options_, total(0, k), total(1, k));
   }
@@ -153,15 +152,15 @@ class CpuSpace {
   double total(int which, int64_t k) { return tree_sum(&sum(which, k, 0), chunks_.count()); }
   void clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
 
-  // body(chunks, systems) on every thread: a share of the chunks of all systems (the operator's data is then read once
+  // body(chunks, systems, workers) on every thread: a share of the chunks of all systems (the operator's data is then read once
   // for the batch), or all chunks of a share of the systems when there are few chunks.
   template <class Body>
   void split(Body&& body) {
-    parallel_region(threads_, [&](int worker, int workers) {
+    team_.pass([&](int worker, int workers) {
       if (v_.batch >= workers && chunks_.count() < 4 * workers)
-        body(Range{0, chunks_.count()}, share(v_.batch, worker, workers));
+        body(Range{0, chunks_.count()}, share(v_.batch, worker, workers), workers);
       else
-        body(share(chunks_.count(), worker, workers), Range{0, v_.batch});
+        body(share(chunks_.count(), worker, workers), Range{0, v_.batch}, workers);
     });
   }
 
@@ -169,7 +168,7 @@ class CpuSpace {
   template <class Active, class Body>
   void each_block(Active&& active, Body&& body) {
     clear_sums();
-    split([&](Range chunks, Range systems) {
+    split([&](Range chunks, Range systems, int) {
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
         const Range rows = chunks_.range(chunk);
         for (int64_t begin = rows.begin; begin < rows.end; begin += block_size)
@@ -196,7 +195,7 @@ class CpuSpace {
 
   // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then,
   // after the barrier, everyone sweeps its slab with p advanced `halo` rows ahead of the product.
-  void direction_and_apply(Range chunks, Range systems) {
+  void direction_and_apply(Range chunks, Range systems, int workers) {
     const Range slab{chunks_.range(chunks.begin).begin,
                      chunks.begin < chunks.end ? chunks_.range(chunks.end - 1).end : chunks_.range(chunks.begin).begin};
     const auto advance = [&](int64_t begin, int64_t end) {
@@ -208,7 +207,7 @@ class CpuSpace {
     const int64_t last = std::max(frontier, slab.end - halo_);
     advance(slab.begin, frontier);
     advance(last, slab.end);
-    barrier();
+    team_.barrier(workers);
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
       const Range rows = chunks_.range(chunk);
       for (int64_t begin = rows.begin; begin < rows.end; begin += block_size) {
@@ -231,7 +230,7 @@ class CpuSpace {
   template <class Active>
   void form_residual(Active&& active) {
     if (!A_ && !(v_.zero_start && first_residual_)) apply_(true);
-    split([&](Range chunks, Range systems) {
+    split([&](Range chunks, Range systems, int) {
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk)
         for (int64_t k = systems.begin; k < systems.end; ++k) {
           if (!active(k)) continue;
@@ -257,7 +256,7 @@ class CpuSpace {
     sum(1, k, chunk) += subtract(rows.size(), v_.b + at, product, v_.r + at);
   }
 
-  Exec exec_;
+  Team& team_;
   const Operator<T>* A_;
   const ApplyCallback& apply_;
   const Preconditioner<T>& M_;
@@ -265,7 +264,6 @@ class CpuSpace {
   CgOptions options_;
   Chunks chunks_{0};
   int64_t halo_ = 0;
-  int threads_ = 1;
   bool recompute_ = false;
   bool first_residual_ = true;
   bool scaled_sums_ready_ = false;  // sum 1 holds r.z for the diagonal preconditioner
@@ -278,8 +276,11 @@ class CpuSpace {
 template <class T>
 void cg_cpu(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
             const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor) {
-  CpuSpace<T> space(exec, A, apply, M, v, options);
-  conjugate_gradients(space, monitor);
+  const bool calls_back = !A || std::holds_alternative<Callback>(M) || options.watched;
+  Team::run(threads_for(exec.threads, A ? work_of(*A, v.batch) : v.n * v.batch), !calls_back, [&](Team& team) {
+    CpuSpace<T> space(team, A, apply, M, v, options);
+    conjugate_gradients(space, monitor);
+  });
 }
 
 template void cg_cpu(const Exec&, const Operator<float>*, const ApplyCallback&, const Preconditioner<float>&,

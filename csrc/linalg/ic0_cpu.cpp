@@ -27,14 +27,14 @@ double row_product(const int32_t* col, const T* factor, int32_t i, int32_t i_end
 
 // body(i) for the stored rows of every level in turn, with a barrier between levels.
 template <bool backwards, class Body>
-void for_each_level(int worker, int workers, ShortBarrier& barrier, int64_t levels, const int32_t* pointers,
+void for_each_level(int worker, int workers, Team& team, int64_t levels, const int32_t* pointers,
                     Body&& body) {
   for (int64_t step = 0; step < levels; ++step) {
     const int64_t level = backwards ? levels - 1 - step : step;
     const int32_t first = pointers[level];
     const Range mine = share(pointers[level + 1] - first, worker, workers);
     for (int64_t i = first + mine.begin; i < first + mine.end; ++i) body(i);
-    if (workers > 1) barrier.wait(workers);
+    team.barrier(workers);
   }
 }
 
@@ -77,24 +77,30 @@ int64_t level_schedule(int64_t n, const int32_t* crow, const int32_t* col, int32
   return levels;
 }
 
+// A level must be worth a barrier: with fewer than 1024 rows a level on average, one thread is faster.
 template <class T>
-void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z) {
-  // A level must be worth a barrier: with fewer than 1024 rows a level on average, one thread is faster.
-  const int threads = M.n < 1024 * M.levels ? 1 : threads_for(exec.threads, M.n);
+int threads_of(const IncompleteCholesky<T>& M, int threads) {
+  return M.n < 1024 * M.levels ? 1 : threads_for(threads, M.n);
+}
+
+template <class T>
+void solve_incomplete_cholesky_cpu(Team& team, const IncompleteCholesky<T>& M, const T* r, T* work, T* z) {
   const TriangularFactor<T>&L = M.lower, &U = M.upper;
   // The rows of a level lie far apart in r and z, in a pattern the hardware does not foresee.
   constexpr int64_t ahead = 16;
   const auto later = [&](int64_t i) { return M.rows[std::min(i + ahead, M.n - 1)]; };
-  ShortBarrier barrier;
-  parallel_region(threads, [&](int worker, int workers) {
-    for_each_level<false>(worker, workers, barrier, M.levels, M.level_pointers, [&](int64_t i) {
+  const int useful = threads_of(M, team.threads());
+  team.pass([&](int worker, int workers) {
+    workers = std::min(workers, useful);
+    if (worker >= workers) return;
+    for_each_level<false>(worker, workers, team, M.levels, M.level_pointers, [&](int64_t i) {
       __builtin_prefetch(r + later(i));
       const int32_t diagonal = L.crow[i + 1] - 1;
       double sum = r[M.rows[i]];
       for (int32_t k = L.crow[i]; k < diagonal; ++k) sum -= double(L.values[k]) * double(work[L.col[k]]);
       work[i] = static_cast<T>(sum * double(L.values[diagonal]));
     });
-    for_each_level<true>(worker, workers, barrier, M.levels, M.level_pointers, [&](int64_t i) {
+    for_each_level<true>(worker, workers, team, M.levels, M.level_pointers, [&](int64_t i) {
       __builtin_prefetch(z + later(i), 1);
       const int32_t diagonal = U.crow[i];
       double sum = work[i];
@@ -107,9 +113,11 @@ void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>
 
 template int64_t ic0_factor(int64_t, const int32_t*, const int32_t*, const float*, double, float*);
 template int64_t ic0_factor(int64_t, const int32_t*, const int32_t*, const double*, double, double*);
-template void solve_incomplete_cholesky_cpu(const Exec&, const IncompleteCholesky<float>&, const float*, float*,
+template int threads_of(const IncompleteCholesky<float>&, int);
+template int threads_of(const IncompleteCholesky<double>&, int);
+template void solve_incomplete_cholesky_cpu(Team&, const IncompleteCholesky<float>&, const float*, float*,
                                             float*);
-template void solve_incomplete_cholesky_cpu(const Exec&, const IncompleteCholesky<double>&, const double*, double*,
+template void solve_incomplete_cholesky_cpu(Team&, const IncompleteCholesky<double>&, const double*, double*,
                                             double*);
 
 }  // namespace kantor

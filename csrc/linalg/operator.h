@@ -91,8 +91,8 @@ double words_per_row(const Operator<T>& A);
 template <class T>
 Chunks chunks_of(const Operator<T>& A);
 
-// Work of one product with `batch` vectors, in simple elements (a matrix entry is streamed and counts less): decides whether
-// threads pay.
+// Work of one product with `batch` vectors, in simple elements (a matrix entry is streamed and counts less): decides
+// whether threads pay.
 template <class T>
 int64_t work_of(const Operator<T>& A, int64_t batch);
 

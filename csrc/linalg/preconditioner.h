@@ -37,7 +37,9 @@ using Preconditioner = std::variant<std::monostate, Diagonal<T>, IncompleteChole
 // z = (L L')^-1 r, level by level; `work` holds n elements and may not overlap r or z. 6 words a row beside the factor,
 // which is read twice (lower and upper half).
 template <class T>
-void solve_incomplete_cholesky_cpu(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z);
+int threads_of(const IncompleteCholesky<T>& M, int threads);  // how many of `threads` pay
+template <class T>
+void solve_incomplete_cholesky_cpu(Team& team, const IncompleteCholesky<T>& M, const T* r, T* work, T* z);
 template <class T>
 void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z);
 

@@ -104,7 +104,7 @@ KANTOR_SIMD void scale(int64_t n, double a, const T* __restrict x, Out* __restri
 
 #define KANTOR_INSTANTIATE(T)                                                \
   template double dot(int64_t, const T*, const T*);                          \
-  template PairOfDots pair_of_dots(int64_t, const T*, const T*);                       \
+  template PairOfDots pair_of_dots(int64_t, const T*, const T*);             \
   template double weighted_square(int64_t, const T*, const T*);              \
   template double max_abs(int64_t, const T*);                                \
   template void multiply_add(int64_t, T, const T*, T, const T*, T*);         \

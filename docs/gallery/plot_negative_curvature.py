@@ -78,8 +78,8 @@ print("\n".join(statuses))
 print(f"ends at ({abs(point[0]):.6f}, {point[1]:.6f}), f = {f(point):.0e}")
 
 # %%
-# Three steps along negative curvature lead into the upper valley, where Newton's method
-# takes over.
+# Three steps along negative curvature lead into the upper valley, where Newton's
+# method takes over.
 
 figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
 x, y = torch.linspace(-1, 1, 201), torch.linspace(-1.5, 1.5, 301)
@@ -87,9 +87,7 @@ x, y = torch.meshgrid(x, y, indexing="xy")
 levels = [0.01, 0.05, 0.1, 0.2, 0.25, 0.35, 0.5, 0.8, 1.2]
 ax.contour(x, y, f((x, y)), levels=levels, colors="0.75", linewidths=1)
 ax.plot(*torch.stack(path).T, marker="o", color="#0b5c8a", label="path")
-ax.plot(
-    *path[0], marker="o", color="#0b5c8a", markerfacecolor="white", label="start"
-)
+ax.plot(*path[0], marker="o", color="#0b5c8a", markerfacecolor="white", label="start")
 ax.plot(0, 0, marker="x", color="#b3541e", linestyle="none", label="saddle")
 ax.set(xlabel="x", ylabel="y", aspect="equal")
 ax.legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")

@@ -177,9 +177,7 @@ for run, colour, label in (
     (preconditioned, "#b3541e", "Kantor with ic0"),
 ):
     history = run.history
-    ax.semilogy(
-        history.iterations, history.residual_norms, color=colour, label=label
-    )
+    ax.semilogy(history.iterations, history.residual_norms, color=colour, label=label)
 ax.axhline(
     plain.tolerance, color="0.5", linewidth=1, linestyle=":", label="tolerance"
 )

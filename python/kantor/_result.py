@@ -67,6 +67,13 @@ class History:
     """Residual norms against iteration numbers.
 
     Long runs keep at most a few thousand entries, evenly spread (every 2nd, 4th, ... iteration).
+
+    Attributes
+    ----------
+    iterations : ndarray
+        Iteration numbers (m,), int64.
+    residual_norms : ndarray
+        Residual norms of the recurrence at these iterations (m,), float64.
     """
 
     iterations: np.ndarray[Any, np.dtype[np.int64]]
@@ -98,9 +105,11 @@ class SolveResult:
         Residual norms of the system with the largest final residual.
     seconds : float
         Wall-clock time of the solve.
-    direction, curvature : Tensor or None, float or None
-        With status NEGATIVE_CURVATURE or SINGULAR: the direction ``d`` (shaped like ``b``; zero for the systems of a
-        batch that ended otherwise) and ``d'Ad / d'd`` of the first such system.
+    direction : Tensor or None
+        With status NEGATIVE_CURVATURE or SINGULAR: the direction ``d``, shaped like ``b``; zero for the systems of a
+        batch that ended otherwise.
+    curvature : float or None
+        ``d'Ad / d'd`` of the first such system.
     state : dict
         Keyword arguments to resume or warm start with: ``cg(A, b, **result.state)``.
     per_system_status : list of SolveStatus

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systems import F32, F64, csr_of, random, sparse
 from torch import Tensor
 
 from kantor.linalg import CSR
+from systems import F32, F64, csr_of, random, sparse
 
 INDEX = (torch.int32, torch.int64)
 

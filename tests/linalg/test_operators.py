@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+from devices import home
+from kantor.linalg import CSR, Callable, Dense, Diagonal, LinearOperator, Stencil, as_operator
+from op_checks import same_bits, threads
 from systems import (
     BOUNDARIES,
     F32,
@@ -22,11 +27,6 @@ from systems import (
     sparse,
     stencil_matrix,
 )
-from torch import Tensor
-
-from devices import home
-from kantor.linalg import CSR, Callable, Dense, Diagonal, LinearOperator, Stencil, as_operator
-from op_checks import same_bits, threads
 
 DTYPES = (F64, F32)
 

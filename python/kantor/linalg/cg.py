@@ -45,7 +45,15 @@ _NONE = Encoded([], [], [])
 
 @dataclass(frozen=True)
 class IterationInfo:
-    """What a callback gets after every iteration."""
+    """What a callback gets after every iteration.
+
+    Attributes
+    ----------
+    iteration : int
+        Iterations made so far.
+    residual_norm : float
+        Residual norm of the recurrence, the largest of a batch.
+    """
 
     iteration: int
     residual_norm: float
