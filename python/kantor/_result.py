@@ -44,8 +44,7 @@ _ADVICE = {
     "preconditioner (M='jacobi' or M='ic0'). To go on from here pass x0=result.x.",
     SolveStatus.NEGATIVE_CURVATURE: "A direction d with d'Ad < 0 was met: A is not positive definite. The direction is "
     "result.direction, its curvature result.curvature. For an indefinite A use another method (MINRES in scipy); in a "
-    "minimisation the direction is a descent direction. A curvature of the size of rounding can also mean that A is "
-    "singular and b not in its range.",
+    "minimisation the direction is a descent direction.",
     SolveStatus.SINGULAR: "A direction of zero curvature was met: A is singular to working precision and b is not "
     "in its range (or A is conditioned worse than 1/eps). Remove the null space from b (for pure Neumann problems: its "
     "mean), or add a shift. The direction is result.direction.",

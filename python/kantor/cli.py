@@ -351,8 +351,7 @@ def _advice(result: SolveResult, preconditioner: Preconditioner) -> str:
     if result.status is SolveStatus.NEGATIVE_CURVATURE:
         return (
             f"A direction d with curvature d'Ad / d'd = {result.curvature:.6g} was met: the matrix is indefinite, and "
-            "conjugate gradients need a positive definite one. Use a method for indefinite matrices, such as MINRES. "
-            "(A curvature of the size of rounding can also mean a singular matrix whose range does not hold b.)"
+            "conjugate gradients need a positive definite one. Use a method for indefinite matrices, such as MINRES."
         )
     if result.status is SolveStatus.STAGNATED:
         return "The residual stopped falling at the rounding level: use --dtype float64 or a larger --rtol."

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kantor import _C
 from kantor._checks import check_finite, check_float, check_same, check_tensor, host_array, is_readable
 from kantor._progress import progress_bar
 from kantor._result import History, SolveResult, SolveStatus
@@ -288,23 +289,32 @@ class _Problem:
         if bool((norm <= target).all()):
             return self._in_range(self._native if self.is_native else self._called)
         used = 0
-        legs: list[tuple[Tensor, Tensor]] = []
+        direction = torch.zeros_like(b)
+        info = b.new_zeros((*norm.shape, _C.cg_state_size))
+        info[..., _native.HISTORY_COUNT] = info[..., _native.HISTORY_STRIDE] = 1
+        legs = [(norm.unsqueeze(-1), info)]
         while True:
             scale = torch.where(norm > 0, norm, torch.ones_like(norm)).unsqueeze(-1)
             needed = torch.where(norm > target, target / (2 * norm), torch.ones_like(norm)).amin().item()
             inner_rtol = min(max(needed, 16 * torch.finfo(storage).eps), 1.0)
             inner = _Problem(A, M, (residual / scale).to(storage), None, inner_rtol, 0.0, self.maxiter - used)
-            with _shifted_monitor(used, float(_scaled(scale, exponents).max())):
-                correction, direction, info, history = inner._in_range(
-                    inner._native if inner.is_native else inner._called
-                )
-            x = x + correction.to(x.dtype) * scale
-            used += int(info[..., _native.ITERATIONS].max())
+            interrupted = False
+            try:
+                with _shifted_monitor(used, float(_scaled(scale, exponents).max())):
+                    correction, direction, info, history = inner._in_range(
+                        inner._native if inner.is_native else inner._called
+                    )
+                x = x + correction.to(x.dtype) * scale
+                legs.append((history * scale, info))
+            except KeyboardInterrupt:  # in Python code, between the legs; in native code it ends the leg
+                if not hooks.get().return_on_interrupt:
+                    raise
+                interrupted = True
+            used = sum(int(leg[..., _native.ITERATIONS].max()) for _, leg in legs)
             residual = b - self.A.matvec(x)
             previous, norm = norm, residual.norm(dim=-1)
-            legs.append((history * scale, info))
             met = norm <= target
-            status = info[..., _native.STATUS]
+            status = torch.full_like(norm, _native.INTERRUPTED) if interrupted else info[..., _native.STATUS]
             # A leg that stagnates has reached the rounding level of `storage`; the next one starts from a new residual.
             ended = (status > 2) & (status != 5)
             gained = bool((norm < 0.5 * previous)[~met].all())
@@ -313,7 +323,7 @@ class _Problem:
         info = info.clone()
         unmet = torch.where(ended, status, 2.0 if used >= self.maxiter else 5.0)
         info[..., _native.STATUS] = torch.where(met, 1.0, unmet)
-        info[..., _native.ITERATIONS], info[..., _native.RESTARTS] = used, len(legs) - 1
+        info[..., _native.ITERATIONS], info[..., _native.RESTARTS] = used, len(legs) - 2
         info[..., _native.RESIDUAL_NORM], info[..., _native.B_NORM] = norm, b_norm
         norms = [_native.RESIDUAL_NORM, _native.B_NORM]
         info[..., norms] = _scaled(info[..., norms], exponents)
