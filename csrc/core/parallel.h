@@ -50,9 +50,9 @@ void parallel_region(int threads, Body&& body) {
   body(omp_get_thread_num(), omp_get_num_threads());
 }
 
-// A barrier for many short stages: spins for about a microsecond, then lets others run, at last sleeps. OpenMP's own either
-// sleeps at once (OMP_WAIT_POLICY=passive: tens of microseconds a stage) or spins for milliseconds, which on a busy machine
-// means waiting for a thread that cannot run.
+// A barrier for many short stages: spins for about a microsecond, then lets others run, at last sleeps. OpenMP's own
+// either sleeps at once (OMP_WAIT_POLICY=passive: tens of microseconds a stage) or spins for milliseconds, which on a
+// busy machine means waiting for a thread that cannot run.
 class ShortBarrier {
  public:
   void wait(int workers) {
@@ -91,9 +91,7 @@ class Team {
       team.workers_ = workers;
       try {
         main(team);
-      } catch (...) {
-        error = std::current_exception();
-      }
+      } catch (...) { error = std::current_exception(); }
       team.job_ = nullptr;
       team.barrier_.wait(workers);
     });
@@ -106,7 +104,9 @@ class Team {
   template <class Body>
   void pass(Body&& body) {
     if (workers_ == 0) return parallel_region(threads_, body);
-    job_ = [](void* context, int worker, int workers) { (*static_cast<std::remove_reference_t<Body>*>(context))(worker, workers); };
+    job_ = [](void* context, int worker, int workers) {
+      (*static_cast<std::remove_reference_t<Body>*>(context))(worker, workers);
+    };
     context_ = const_cast<void*>(static_cast<const void*>(&body));
     barrier_.wait(workers_);
     body(0, workers_);

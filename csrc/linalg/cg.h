@@ -114,9 +114,9 @@ KANTOR_HD void cg_after_apply(CgState& s, const CgOptions& options, double pq, d
   const double alpha = s.rz / pq;
   // Diagonal of the Lanczos matrix: a lower bound of the largest eigenvalue of M A, for free.
   s.lambda_max = std::fmax(s.lambda_max, 1 / alpha + (previous_alpha > 0 ? s.beta / previous_alpha : 0));
-  // Curvature zero to rounding AND a product that does not lie along p, without M |p| |q| > 4 p.q: q is rounding too, A is
-  // singular and b not in its range. The size of the curvature alone proves nothing: a badly scaled but solvable system
-  // has tiny ones too, but then p is an eigenvector.
+  // Curvature zero to rounding AND a product that does not lie along p, without M |p| |q| > 4 p.q: q is rounding too, A
+  // is singular and b not in its range. The size of the curvature alone proves nothing: a badly scaled but solvable
+  // system has tiny ones too, but then p is an eigenvector.
   if (pq <= noise && alpha * alpha * qq * s.pmp > 16 * s.rz * s.rr) return s.finish(CgStatus::singular);
   s.alpha = alpha;
 }
@@ -126,9 +126,11 @@ KANTOR_HD void cg_after_update(CgState& s, const CgOptions& options, double rr, 
   if (!s.running()) return;
   s.iterations += 1;
   s.rr = rr;
+  // Without a tolerance the recurrence goes on far below rounding. It ends before the products of its vectors underflow.
+  const double vanished = options.epsilon > 1e-10 ? 1e-70 : 1e-290;
   if (!std::isfinite(rr))
     s.finish(CgStatus::breakdown);
-  else if (rr <= s.target_squared)
+  else if (rr <= std::fmax(s.target_squared, vanished))
     s.finish(CgStatus::converged);
   else if (s.iterations >= double(options.max_iterations))
     s.finish(CgStatus::max_iterations);

@@ -152,8 +152,8 @@ class CpuSpace {
   double total(int which, int64_t k) { return tree_sum(&sum(which, k, 0), chunks_.count()); }
   void clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
 
-  // body(chunks, systems, workers) on every thread: a share of the chunks of all systems (the operator's data is then read once
-  // for the batch), or all chunks of a share of the systems when there are few chunks.
+  // body(chunks, systems, workers) on every thread: a share of the chunks of all systems (the operator's data is then
+  // read once for the batch), or all chunks of a share of the systems when there are few chunks.
   template <class Body>
   void split(Body&& body) {
     team_.pass([&](int worker, int workers) {

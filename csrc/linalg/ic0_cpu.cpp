@@ -27,8 +27,7 @@ double row_product(const int32_t* col, const T* factor, int32_t i, int32_t i_end
 
 // body(i) for the stored rows of every level in turn, with a barrier between levels.
 template <bool backwards, class Body>
-void for_each_level(int worker, int workers, Team& team, int64_t levels, const int32_t* pointers,
-                    Body&& body) {
+void for_each_level(int worker, int workers, Team& team, int64_t levels, const int32_t* pointers, Body&& body) {
   for (int64_t step = 0; step < levels; ++step) {
     const int64_t level = backwards ? levels - 1 - step : step;
     const int32_t first = pointers[level];
@@ -115,9 +114,7 @@ template int64_t ic0_factor(int64_t, const int32_t*, const int32_t*, const float
 template int64_t ic0_factor(int64_t, const int32_t*, const int32_t*, const double*, double, double*);
 template int threads_of(const IncompleteCholesky<float>&, int);
 template int threads_of(const IncompleteCholesky<double>&, int);
-template void solve_incomplete_cholesky_cpu(Team&, const IncompleteCholesky<float>&, const float*, float*,
-                                            float*);
-template void solve_incomplete_cholesky_cpu(Team&, const IncompleteCholesky<double>&, const double*, double*,
-                                            double*);
+template void solve_incomplete_cholesky_cpu(Team&, const IncompleteCholesky<float>&, const float*, float*, float*);
+template void solve_incomplete_cholesky_cpu(Team&, const IncompleteCholesky<double>&, const double*, double*, double*);
 
 }  // namespace kantor

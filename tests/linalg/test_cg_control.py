@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -181,50 +181,65 @@ def interrupt_after(seconds: float) -> Iterator[list[float]]:
 
 
 def long_problem(kind: str) -> dict[str, Any]:
-    """Runs for many seconds if nobody stops it; an iteration takes about a millisecond."""
-    A = Stencil((200, 200), shift=1e-9)
+    """Runs for seconds if nobody stops it; an iteration takes about a millisecond."""
+    A = Stencil((200, 200) if kind == "storage" else (200, 2000), weights=(1.0, 1e-3))
     problems: dict[str, dict[str, Any]] = {
-        "stencil": {"A": A},
-        "batch": {"A": A, "b": random(3, 40_000)},
-        "ic0": {"A": A, "M": ic0(A) if kind == "ic0" else None},
+        "batch": {"b": random(3, A.shape[0])},
+        "ic0": {"M": ic0(A) if kind == "ic0" else None},
         "callable": {"A": lambda x: A.matvec(x)},
         "slow callable": {"A": lambda x: (time.sleep(0.01), A.matvec(x))[1]},
-        "callable preconditioner": {"A": A, "M": lambda r: r.clone()},
-        "callback": {"A": A, "callback": lambda info: None},
-        "storage": {"A": A, "storage": F32},
+        "callable preconditioner": {"M": lambda r: r.clone()},
+        "callback": {"callback": lambda info: None},
+        "storage": {"storage": F32, "callback": lambda info: time.sleep(1e-3)},
     }
-    return {"b": random(40_000), "rtol": 0.0, "maxiter": 10**7, **problems[kind]}
+    return {"A": A, "b": random(A.shape[0]), "rtol": 0.0, "maxiter": 10**7, **problems.get(kind, {})}
 
 
 LONG = ("stencil", "batch", "ic0", "callable", "slow callable", "callable preconditioner", "callback", "storage")
 
 
+def assert_lands_soon(interrupted: Callable[[float], float]) -> None:
+    """Within 0.1 s, beyond the iteration under way. The best of a few: the machine may be busy with something else."""
+    delays: list[float] = []
+    while len(delays) < 5 and min(delays, default=1.0) > 0.1:
+        delays.append(interrupted(0.25 + 0.037 * len(delays)))
+    assert min(delays) <= 0.1, delays
+
+
 @pytest.mark.parametrize("kind", LONG)
 def test_ctrl_c_returns_the_last_iterate(kind: str) -> None:
     options = long_problem(kind)
-    with torch.no_grad(), interrupt_after(0.3) as sent:
-        result = expect("interrupted", lambda: cg(**options, interrupt="return"))
-        landed = time.perf_counter()
-    assert sent, "the solve ended by itself"
-    assert landed - sent[0] < 0.1 + 5 * result.seconds / max(result.iterations, 1)
-    assert result.iterations > 0
     b = options["b"]
-    matvec = Stencil((200, 200), shift=1e-9).matvec
-    true = (b - matvec(result.x)).norm(dim=-1).max()
-    assert result.residual_norm == pytest.approx(float(true), rel=1e-6)
-    assert result.residual_norm < float(b.norm(dim=-1).max()) * 100
-    assert result.state["x0"].equal(result.x)
+    A = options["A"] if isinstance(options["A"], Stencil) else long_problem("stencil")["A"]
+
+    def interrupted(after: float) -> float:
+        with torch.no_grad(), interrupt_after(after) as sent:
+            result = expect("interrupted", lambda: cg(**options, interrupt="return"))
+            landed = time.perf_counter()
+        assert sent, "the solve ended by itself"
+        assert result.iterations > 0
+        true = (b - A.matvec(result.x)).norm(dim=-1).max()
+        assert result.residual_norm == pytest.approx(float(true), rel=1e-6)
+        assert result.residual_norm < 100 * float(b.norm(dim=-1).max())
+        assert result.state["x0"].equal(result.x)
+        return landed - sent[0] - result.seconds / result.iterations
+
+    assert_lands_soon(interrupted)
 
 
 @pytest.mark.parametrize("kind", LONG)
 def test_ctrl_c_raises(kind: str) -> None:
     options = long_problem(kind)
-    with torch.no_grad(), interrupt_after(0.2) as sent:
-        with pytest.raises(KeyboardInterrupt):
-            cg(**options)
-        landed = time.perf_counter()
-    assert sent
-    assert landed - sent[0] < 0.2
+
+    def interrupted(after: float) -> float:
+        with torch.no_grad(), interrupt_after(after) as sent:
+            with pytest.raises(KeyboardInterrupt):
+                cg(**options)
+            landed = time.perf_counter()
+        assert sent
+        return landed - sent[0]
+
+    assert_lands_soon(interrupted)
     assert solve(Stencil((5, 5)), random(25)).converged
 
 
@@ -279,8 +294,7 @@ def test_a_solve_in_another_thread_leaves_signals_alone() -> None:
     worker = threading.Thread(target=lambda: done.append(cg(Stencil((150, 150)), random(22_500), rtol=1e-9)))
     worker.start()
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        worker.join()
+        signal.raise_signal(signal.SIGINT)
     worker.join()
     assert done[0].converged
 

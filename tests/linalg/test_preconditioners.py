@@ -211,7 +211,9 @@ def test_all_give_the_same_answer(name: str, device: str) -> None:
     M = preconditioners(A)[name]
     result = solve(A, b, M=M, rtol=1e-12)
     assert error(result.x, expected) < 1e-10
-    callable_too = solve(lambda x: A.matvec(x), b, M=preconditioners(A)[name] if name not in ("jacobi", "ic0") else ic0(A), rtol=1e-12)
+    callable_too = solve(
+        lambda x: A.matvec(x), b, M=preconditioners(A)[name] if name not in ("jacobi", "ic0") else ic0(A), rtol=1e-12
+    )
     assert error(callable_too.x, expected) < 1e-10
 
 

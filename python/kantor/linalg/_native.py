@@ -96,7 +96,7 @@ def _outer_term(term: Term, scale: float, u: Tensor, v: Tensor) -> list[Tensor |
     if term.kind == DIAGONAL:
         return [scale * (u * v).sum(0)]
     grid = term.meta[:3]
-    U, V = u.unflatten(-1, grid), v.unflatten(-1, grid)
+    U, V = u.reshape(-1, *grid), v.reshape(-1, *grid)
     if term.kind == STENCIL:
         parts = [V, *(_second_difference(V, dim, bool(term.meta[2 + dim])) for dim in (1, 2, 3))]
         return [scale * torch.stack([(U * part).sum() for part in parts])]
@@ -242,18 +242,19 @@ def run_cg(
         return x, p, info, history.zero_()
     b2 = b.resolve_neg().reshape(-1, n).contiguous()
     batch = b2.shape[0]
-    x = torch.zeros_like(b2) if x0 is None else x0.resolve_neg().reshape(b2.shape).clone()
-    p = torch.zeros_like(b2)  # zero, not empty: it is returned, also for systems that take no step
+    # The results are no views: autograd forbids to write into a view that an operator made.
+    x = b.new_zeros(shape) if x0 is None else x0.resolve_neg().clone(memory_format=torch.contiguous_format)
+    p = b.new_zeros(shape)  # zero, not empty: it is returned, also for systems that take no step
     r, q = torch.empty_like(b2), torch.empty_like(b2)
     z = r if not M.layout and precondition is None else torch.empty_like(b2)
-    info = b2.new_zeros((batch, _C.cg_state_size), dtype=torch.float64)
-    history = b2.new_zeros((batch, history_length(batch, maxiter)), dtype=torch.float64)
+    info = b2.new_zeros((*shape[:-1], _C.cg_state_size), dtype=torch.float64)
+    history = b2.new_zeros((*shape[:-1], history_length(batch, maxiter)), dtype=torch.float64)
     native = backend()
     workspace = b2.new_empty(native.cg_workspace_bytes(batch), dtype=torch.uint8)
 
     def apply_callback(to_x: bool) -> None:
         assert apply is not None
-        q.copy_(apply((x if to_x else p).view(shape)).reshape(q.shape))
+        q.copy_(apply(x if to_x else p).reshape(q.shape))
 
     def precondition_callback() -> None:
         assert precondition is not None
@@ -261,14 +262,14 @@ def run_cg(
 
     current = hooks.get()
     native.cg(
-        *A, *M, b2, x, [r, p, q, z], x0 is None, info, history, workspace, rtol, atol, maxiter,
+        *A, *M, b2, x, [r, p.view(b2.shape), q, z], x0 is None, info, history, workspace, rtol, atol, maxiter,
         None if apply is None else apply_callback,
         None if precondition is None else precondition_callback,
         current.monitor, torch.get_num_threads(),
     )  # fmt: skip
-    if not current.return_on_interrupt and bool((info[:, STATUS] == INTERRUPTED).any()):
+    if not current.return_on_interrupt and bool((info[..., STATUS] == INTERRUPTED).any()):
         raise KeyboardInterrupt
-    return x.view(shape), p.view(shape), info.view(*shape[:-1], -1), history.view(*shape[:-1], -1)
+    return x, p, info, history
 
 
 def _cg_forward(
@@ -291,14 +292,23 @@ def _cg_fake(operands: Any, layout: Any, scales: Any, mo: Any, ml: Any, ms: Any,
     )
 
 
+def sizes(b: Tensor) -> Tensor:
+    """Return per system the largest entry of b, or one, shape (..., 1): b over it is safe from under- and overflow."""
+    if b.shape[-1] == 0:
+        return b.new_ones((*b.shape[:-1], 1))
+    largest = b.detach().abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
 def _derivative_solve(inputs: Sequence[Any], right: Tensor) -> Tensor:
     """``A^-1 right`` for a derivative, with the options of the call that is differentiated."""
     operands, layout, scales, m_operands, m_layout, m_scales, _, _, rtol, _, maxiter = inputs
     if rtol == 0:
         rtol = 10 * torch.finfo(right.dtype).eps  # an absolute tolerance of the solution means nothing here
     limit = maxiter if maxiter > 0 else 10 * right.shape[-1]
+    size = sizes(right)
     solved: tuple[Tensor, ...] = cg(
-        operands, layout, scales, m_operands, m_layout, m_scales, right, None, rtol, 0.0, limit
+        operands, layout, scales, m_operands, m_layout, m_scales, right / size, None, rtol, 0.0, limit
     )
     x, _, info, _ = solved
     if is_readable(info) and not bool((info[..., STATUS] == 1).all()):
@@ -307,7 +317,7 @@ def _derivative_solve(inputs: Sequence[Any], right: Tensor) -> Tensor:
             RuntimeWarning,
             stacklevel=2,
         )
-    return x
+    return x * size
 
 
 def _cg_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:

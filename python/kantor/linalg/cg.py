@@ -210,7 +210,11 @@ class _Problem:
         """Inside torch.compile, export or vmap: the operator alone, no value is looked at."""
         if not self.is_native:
             raise TypeError("cg: inside torch.compile or torch.vmap the operator and preconditioner must be native")
-        return self._native(self.b, self.x0, self.atol, self.maxiter)
+        if self.atol > 0:  # one tolerance for all systems: they stay as they are
+            return self._native(self.b, self.x0, self.atol, self.maxiter)
+        size = _native.sizes(self.b)
+        x, *rest = self._native(self.b / size, None if self.x0 is None else self.x0 / size, 0.0, self.maxiter)
+        return x * size, *rest
 
     def solve(self, storage: torch.dtype | None, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         refine = storage not in (None, self.b.dtype) and self.b.numel() > 0
@@ -294,31 +298,32 @@ class _Problem:
         info[..., _native.HISTORY_COUNT] = info[..., _native.HISTORY_STRIDE] = 1
         legs = [(norm.unsqueeze(-1), info)]
         while True:
-            scale = torch.where(norm > 0, norm, torch.ones_like(norm)).unsqueeze(-1)
-            needed = torch.where(norm > target, target / (2 * norm), torch.ones_like(norm)).amin().item()
-            inner_rtol = min(max(needed, 16 * torch.finfo(storage).eps), 1.0)
-            inner = _Problem(A, M, (residual / scale).to(storage), None, inner_rtol, 0.0, self.maxiter - used)
-            interrupted = False
             try:
+                scale = torch.where(norm > 0, norm, torch.ones_like(norm)).unsqueeze(-1)
+                needed = torch.where(norm > target, target / (2 * norm), torch.ones_like(norm)).amin().item()
+                inner_rtol = min(max(needed, 16 * torch.finfo(storage).eps), 1.0)
+                inner = _Problem(A, M, (residual / scale).to(storage), None, inner_rtol, 0.0, self.maxiter - used)
                 with _shifted_monitor(used, float(_scaled(scale, exponents).max())):
                     correction, direction, info, history = inner._in_range(
                         inner._native if inner.is_native else inner._called
                     )
-                x = x + correction.to(x.dtype) * scale
+                used += int(info[..., _native.ITERATIONS].max())
                 legs.append((history * scale, info))
-            except KeyboardInterrupt:  # in Python code, between the legs; in native code it ends the leg
+                x = x + correction.to(x.dtype) * scale
+                residual = b - self.A.matvec(x)
+                previous, norm = norm, residual.norm(dim=-1)
+                met, status = norm <= target, info[..., _native.STATUS]
+                # A leg that stagnates has reached the rounding level of `storage`; the next starts from a new residual.
+                ended = (status > 2) & (status != 5)
+                gained = bool((norm < 0.5 * previous)[~met].all())
+                if bool(met.all()) or used >= self.maxiter or not gained or bool(ended.any()):
+                    break
+            except KeyboardInterrupt:  # in Python code; in native code it ends the leg
                 if not hooks.get().return_on_interrupt:
                     raise
-                interrupted = True
-            used = sum(int(leg[..., _native.ITERATIONS].max()) for _, leg in legs)
-            residual = b - self.A.matvec(x)
-            previous, norm = norm, residual.norm(dim=-1)
-            met = norm <= target
-            status = torch.full_like(norm, _native.INTERRUPTED) if interrupted else info[..., _native.STATUS]
-            # A leg that stagnates has reached the rounding level of `storage`; the next one starts from a new residual.
-            ended = (status > 2) & (status != 5)
-            gained = bool((norm < 0.5 * previous)[~met].all())
-            if bool(met.all()) or used >= self.maxiter or not gained or bool(ended.any()):
+                norm = (b - self.A.matvec(x)).norm(dim=-1)
+                met, status = norm <= target, torch.full_like(norm, _native.INTERRUPTED)
+                ended = torch.ones_like(met)
                 break
         info = info.clone()
         unmet = torch.where(ended, status, 2.0 if used >= self.maxiter else 5.0)
