@@ -80,6 +80,8 @@ KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double 
   const bool representable = bb > (single ? 1e-40 : 1e-200) && bb < (single ? 1e60 : 1e280);
   if (!std::isfinite(b_max) || std::isnan(bb))
     s.finish(CgStatus::breakdown);
+  else if (options.atol > 0 && rr <= options.atol * options.atol)
+    s.finish(CgStatus::converged);  // however small b is
   else if ((b_max > 0 && !representable) || !std::isfinite(rr))
     s.finish(CgStatus::bad_scale);
   else if (rr <= s.target_squared)
@@ -126,7 +128,8 @@ KANTOR_HD void cg_after_update(CgState& s, const CgOptions& options, double rr, 
   if (!s.running()) return;
   s.iterations += 1;
   s.rr = rr;
-  // Without a tolerance the recurrence goes on far below rounding. It ends before the products of its vectors underflow.
+  // Without a tolerance the recurrence goes on far below rounding. It ends before the products of its vectors
+  // underflow.
   const double vanished = options.epsilon > 1e-10 ? 1e-70 : 1e-290;
   if (!std::isfinite(rr))
     s.finish(CgStatus::breakdown);

@@ -286,8 +286,8 @@ double words_per_row(const Operator<T>& A) {
   for (const OperatorTerm<T>& term : A.terms)
     words += std::visit(
         Overloaded{[](const Dense<T>& a) { return double(a.cols); },
-                   [](const Csr<T, int32_t>& a) { return 1.5 * double(a.nnz) / double(a.rows); },
-                   [](const Csr<T, int64_t>& a) { return 2.0 * double(a.nnz) / double(a.rows); },
+                   [](const Csr<T, int32_t>& a) { return 1.5 * double(a.nnz) / double(std::max<int64_t>(a.rows, 1)); },
+                   [](const Csr<T, int64_t>& a) { return 2.0 * double(a.nnz) / double(std::max<int64_t>(a.rows, 1)); },
                    [](const Stencil<T>&) { return 0.0; }, [](const FaceStencil<T>& a) { return a.fy ? 3.0 : 2.0; },
                    [](const Diagonal<T>&) { return 1.0; }},
         term.form);

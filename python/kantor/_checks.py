@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 FLOATS = (torch.float32, torch.float64)
 
@@ -28,7 +30,7 @@ def check_float(value: Tensor, function: str, argument: str) -> None:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: not inside torch.compile, export or vmap."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor | FunctionalTensor):
         return False
     if torch._C._functorch.is_legacy_batchedtensor(tensor):  # torch.autograd.grad(is_grads_batched=True)
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,14 +175,19 @@ def _load(path: Path) -> Any:
     raise BadInputError(f"{path}: unknown kind of right-hand side; expected .npy, .mtx, .mtx.gz or .txt")
 
 
-def check_output(path: Path, suffixes: tuple[str, ...] = _VECTOR_SUFFIXES) -> None:
-    """Find out before a long solve whether ``path`` can be written.
+def check_output(
+    path: Path, suffixes: tuple[str, ...] = _VECTOR_SUFFIXES, inputs: Sequence[Path | None] = ()
+) -> None:
+    """Find out before a long solve whether ``path`` can be written without losing one of the ``inputs``.
 
     Raises
     ------
     BadInputError
-        Unknown suffix, no such folder, or no permission.
+        Unknown suffix, no such folder, no permission, or one of the inputs.
     """
+    for other in inputs:
+        if other is not None and path.resolve() == other.resolve():
+            raise BadInputError(f"{path}: would overwrite {other}; choose another name")
     if path.suffix.lower() not in suffixes:
         raise BadInputError(f"{path}: unknown kind of output; expected a name ending in {', '.join(suffixes)}")
     if path.is_dir():
@@ -206,6 +212,7 @@ def write_solution(path: Path, x: Array) -> None:
     BadInputError
         The file cannot be written.
     """
+    path = path.resolve()  # what a link points to is replaced, not the link
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:

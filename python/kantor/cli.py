@@ -176,9 +176,9 @@ def solve(
     """
     with _one_message("solve"):
         if output is not None:
-            check_output(output)
+            check_output(output, inputs=[matrix, rhs])
         if plot is not None:
-            check_output(plot, _PLOT_SUFFIXES)
+            check_output(plot, _PLOT_SUFFIXES, inputs=[matrix, rhs, output])
             new_axes()  # a missing matplotlib shows now, not after the solve
         if threads is not None:
             torch.set_num_threads(threads)

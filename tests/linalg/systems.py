@@ -21,7 +21,7 @@ BOUNDARIES = ("dirichlet", "neumann")
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = F64, device: str = "cpu") -> Tensor:
     """Standard normal numbers; the same in every dtype and on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=F64, generator=generator).to(device, dtype)
+    return torch.randn(shape, dtype=F64, generator=generator).to(device, dtype)
 
 
 def spd(n: int, condition: float = 100.0, seed: int = 0) -> Tensor:

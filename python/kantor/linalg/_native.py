@@ -12,7 +12,8 @@ operators are linear in their floating-point operands, so one bilinear form per 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -240,6 +241,8 @@ def run_cg(
         info = info.zero_()
         info[..., STATUS] = info[..., HISTORY_STRIDE] = 1
         return x, p, info, history.zero_()
+    # Native code reads memory as it is: no lazy negation.
+    A, M = (Encoded([t.resolve_neg() for t in e.operands], e.layout, e.scales) for e in (A, M))
     b2 = b.resolve_neg().reshape(-1, n).contiguous()
     batch = b2.shape[0]
     # The results are no views: autograd forbids to write into a view that an operator made.
@@ -292,31 +295,62 @@ def _cg_fake(operands: Any, layout: Any, scales: Any, mo: Any, ml: Any, ms: Any,
     )
 
 
-def sizes(b: Tensor) -> Tensor:
-    """Return per system the largest entry of b, or one, shape (..., 1): b over it is safe from under- and overflow."""
+def _sizes_forward(b: Tensor) -> Tensor:
     if b.shape[-1] == 0:
         return b.new_ones((*b.shape[:-1], 1))
-    largest = b.detach().abs().amax(-1, keepdim=True)
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+    largest = b.abs().amax(-1, keepdim=True)
+    return torch.where(largest == 0, torch.ones_like(largest), largest)  # NaN stays NaN
+
+
+# Per system the largest entry of b, or one, shape (..., 1): b over it is safe from under- and overflow. A constant for
+# all derivatives, and an operator of its own because torch's first vmap can neither detach nor take a maximum.
+sizes: Callable[..., Tensor] = declare(
+    "sizes(Tensor b) -> Tensor",
+    forward=_sizes_forward,
+    fake=lambda b: b.new_empty((*b.shape[:-1], 1)),
+    backward=lambda ctx, grad: (None,),
+    jvp=lambda ctx, db: None,
+    batched=("b",),
+)
+
+
+def derivative_rtol(rtol: float, dtype: torch.dtype) -> float:
+    """Tolerance of a solve for a derivative: that of the solution, but never loose, and not its absolute one."""
+    return min(rtol, 1e-5) if rtol > 0 else 10 * torch.finfo(dtype).eps
+
+
+@contextmanager
+def derivative_solve() -> Iterator[None]:
+    """Inside, solves do not report to the callback and progress bar of a solve around them."""
+    token = hooks.set(Hooks())
+    try:
+        yield
+    finally:
+        hooks.reset(token)
+
+
+def warn_if_inexact(info: Tensor) -> None:
+    """Warn when a solve for a derivative failed."""
+    if is_readable(info) and not bool((info[..., STATUS] == 1).all()):
+        warnings.warn(
+            "cg: the solve for the derivative did not converge: the gradient is inexact. Raise maxiter or rtol.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _derivative_solve(inputs: Sequence[Any], right: Tensor) -> Tensor:
     """``A^-1 right`` for a derivative, with the options of the call that is differentiated."""
     operands, layout, scales, m_operands, m_layout, m_scales, _, _, rtol, _, maxiter = inputs
-    if rtol == 0:
-        rtol = 10 * torch.finfo(right.dtype).eps  # an absolute tolerance of the solution means nothing here
     limit = maxiter if maxiter > 0 else 10 * right.shape[-1]
     size = sizes(right)
-    solved: tuple[Tensor, ...] = cg(
-        operands, layout, scales, m_operands, m_layout, m_scales, right / size, None, rtol, 0.0, limit
-    )
+    with derivative_solve():
+        solved: tuple[Tensor, ...] = cg(
+            operands, layout, scales, m_operands, m_layout, m_scales,
+            right / size, None, derivative_rtol(rtol, right.dtype), 0.0, limit,
+        )  # fmt: skip
     x, _, info, _ = solved
-    if is_readable(info) and not bool((info[..., STATUS] == 1).all()):
-        warnings.warn(
-            "cg: the solve for the derivative did not converge: the gradient is inexact. Raise maxiter or rtol.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    warn_if_inexact(info)
     return x * size
 
 

@@ -51,7 +51,7 @@ class LinearOperator:
         raise TypeError(f"{type(self).__name__} has no native form")
 
     def matvec(self, x: Tensor) -> Tensor:
-        """Return ``A x`` for x of shape ``(..., columns)``.
+        """Return ``A x`` for x of shape ``(..., columns)``, or ``(..., *grid)`` where the operator lives on a grid.
 
         Raises
         ------
@@ -60,6 +60,9 @@ class LinearOperator:
         ValueError
             The last dimension or the device differs.
         """
+        grid = self.grid
+        if grid is not None and isinstance(x, Tensor) and x.ndim >= len(grid) and tuple(x.shape[-len(grid) :]) == grid:
+            return self.matvec(x.flatten(-len(grid))).unflatten(-1, grid)
         self._check_vector(x, self.shape[1])
         return self._apply(x)
 
@@ -138,7 +141,8 @@ class LinearOperator:
         steps = torch.arange(1, self.shape[0] + 1, dtype=torch.float64, device=self.device)
         u, v = torch.sin(steps * 1.2345).to(self.dtype), torch.cos(steps * steps * 0.5432).to(self.dtype)
         with torch.no_grad():
-            Au, Av = self.matvec(u).double(), self.matvec(v).double()
+            # Copies: the function may hand out the same memory each time.
+            Au, Av = (self.matvec(w).to(torch.float64, copy=True) for w in (u, v))
         u, v = u.double(), v.double()
         size = float(u.norm() * Av.norm() + v.norm() * Au.norm())
         return (float((u @ Av - v @ Au).abs()) / size if size > 0 else 0.0), "u'Av differs from v'Au for a probe u, v"
@@ -190,7 +194,8 @@ class Sum(LinearOperator):
                 )
         self.terms = flat
         self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
-        self.grid = next((term.grid for _, term in flat if term.grid is not None), None)
+        grids = {term.grid for _, term in flat if term.grid is not None}
+        self.grid = grids.pop() if len(grids) == 1 else None  # of two shapes neither is meant
 
     @property
     def is_native(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable as CallableType
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -128,7 +129,8 @@ def cg(
     -----
     Memory: x, r, p, q and, with a preconditioner other than Jacobi, z. Traffic per unknown and iteration: 8 words for
     stencils, 10 and the matrix for CSR (csrc/linalg/cg_cpu.cpp). Deterministic: the same bits for any number of
-    threads. Derivatives of a callable A are first order only.
+    threads. Derivatives of a callable A are first order only. The solves for derivatives use `rtol`, or 1e-5 where it is
+    looser.
 
     Source: Hestenes & Stiefel 1952; Saad, *Iterative Methods for Sparse Linear Systems*, 2nd ed., algorithm 9.1.
 
@@ -151,7 +153,7 @@ def cg(
     _check_arguments(operator, b, x0, rtol, atol, maxiter, storage, interrupt)
     start = None if x0 is None else x0.reshape(flat.shape)
     preconditioner = as_preconditioner(M, operator, flat)
-    limit = 10 * flat.shape[-1] if maxiter is None else int(maxiter)
+    limit = 10 * flat.shape[-1] if maxiter is None else min(int(maxiter), 2**62)
     problem = _Problem(operator, preconditioner, flat, start, float(rtol), float(atol), limit)
 
     if not all(is_readable(tensor) for tensor in problem.tensors):
@@ -166,6 +168,7 @@ def cg(
     wants_gradient = torch.is_grad_enabled() and (
         b.requires_grad or not operator.is_native or any(t.requires_grad for t in operator.encode().operands)
     )
+    wants_gradient = wants_gradient or torch.autograd.forward_ad._current_level >= 0
     if wants_gradient or torch._C._are_functorch_transforms_active():
         _require_symmetric(operator)
     with progress_bar(progress, "cg", rtol) as bar:
@@ -213,14 +216,15 @@ class _Problem:
         if self.atol > 0:  # one tolerance for all systems: they stay as they are
             return self._native(self.b, self.x0, self.atol, self.maxiter)
         size = _native.sizes(self.b)
-        x, *rest = self._native(self.b / size, None if self.x0 is None else self.x0 / size, 0.0, self.maxiter)
-        return x * size, *rest
+        x0 = None if self.x0 is None else self.x0 / size
+        x, direction, info, history = self._native(self.b / size, x0, 0.0, self.maxiter)
+        return x * size, direction, info, history
 
     def solve(self, storage: torch.dtype | None, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         refine = storage not in (None, self.b.dtype) and self.b.numel() > 0
         if self.is_native and not refine:
             return self._in_range(self._native)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
             x, direction, info, history = self._refined(storage) if refine else self._in_range(self._called)
         return (self._attach_gradient(x) if wants_gradient else x), direction, info, history
 
@@ -339,8 +343,9 @@ class _Problem:
     def _attach_gradient(self, x: Tensor) -> Tensor:
         """Give the solution its implicit derivative: x + A^-1 (b - A x), whose second part is zero."""
         if self.A.is_native:
+            M = self.M.encode() if self.M is not None and self.M.is_native else _NONE
             result: tuple[Tensor, ...] = _native.cg(
-                *self.A.encode(), *_NONE, self.b, x.detach(), self.rtol, self.atol, 0
+                *self.A.encode(), *M, self.b, x.detach(), self.rtol, self.atol, 0
             )
             return result[0]
         residual = self.b - self.A.matvec(x.detach())
@@ -360,9 +365,12 @@ class _CallableSolve(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         problem: _Problem = ctx.problem
-        rtol = problem.rtol if problem.rtol > 0 else 10 * torch.finfo(grad.dtype).eps
+        rtol = _native.derivative_rtol(problem.rtol, grad.dtype)
         adjoint = _Problem(problem.A, problem.M, grad, None, rtol, 0.0, problem.maxiter or 10 * grad.shape[-1])
-        return adjoint._in_range(adjoint._called)[0], None
+        with _native.derivative_solve():
+            x, _, info, _ = adjoint._in_range(adjoint._called)
+        _native.warn_if_inexact(info)
+        return x, None
 
 
 def _exponents(b: Tensor, x0: Tensor | None) -> Tensor:
@@ -412,7 +420,7 @@ def _flatten(operator: LinearOperator, b: Tensor) -> tuple[Tensor, CallableType[
     if rows != cols:
         raise ValueError(f"cg: A: expected a square operator, got {rows} x {cols}")
     grid = operator.grid
-    if grid is not None and b.ndim >= len(grid) and tuple(b.shape[-len(grid) :]) == grid:
+    if grid is not None and b.ndim >= len(grid) and all(b.shape[-k] == grid[-k] for k in range(1, len(grid) + 1)):
         return b.flatten(-len(grid)), lambda t: t.unflatten(-1, grid)
     if b.ndim == 0 or b.shape[-1] != rows:
         expected = f"(..., {rows})" + (f" or (..., {', '.join(map(str, grid))})" if grid else "")
@@ -432,7 +440,7 @@ def _check_arguments(
         if x0.shape != b.shape:
             raise ValueError(f"cg: x0: expected the shape of b, {tuple(b.shape)}, got {tuple(x0.shape)}")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+        if not (isinstance(value, Real) and 0 <= value < math.inf):
             raise ValueError(f"cg: {name}: expected a finite number >= 0, got {value!r}")
     if maxiter is not None and (not isinstance(maxiter, int | np.integer) or maxiter < 0):
         raise ValueError(f"cg: maxiter: expected an integer >= 0, got {maxiter!r}")
@@ -462,7 +470,7 @@ def _make_monitor(
     def monitor(iteration: int, residual_norm: float) -> bool:
         if bar is not None:
             bar(iteration, residual_norm, target)
-        return callback is not None and callback(IterationInfo(iteration, residual_norm)) is True
+        return callback is not None and bool(callback(IterationInfo(iteration, residual_norm)))
 
     return monitor
 

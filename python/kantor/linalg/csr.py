@@ -57,10 +57,11 @@ class CSR(LinearOperator):
             raise ValueError(f"CSR: crow: expected {rows + 1} entries for {rows} rows, got {crow.numel()}")
         if col.numel() != values.numel():
             raise ValueError(f"CSR: col has {col.numel()} entries, values {values.numel()}; they must match")
-        index = torch.int32 if max(rows, cols, values.numel()) < 2**31 else torch.int64
+        index = torch.int32 if max(rows, cols, values.numel()) < 2**31 - 64 else torch.int64
         self.shape, self.dtype, self.device = (rows, cols), values.dtype, values.device
         self.crow, self.col, self.values = self._narrow(crow, index), self._narrow(col, index), values
-        self._asymmetry: tuple[float, str] | None = None
+        self._asymmetry = 0.0, ""
+        self._asymmetry_of: int | None = None  # the version of the values it was computed for
         if not is_readable(values):
             self.halo = max(self.shape)  # inside torch.compile or vmap: the structure is trusted, its bandwidth unknown
             return
@@ -137,6 +138,8 @@ class CSR(LinearOperator):
             raise TypeError(f"CSR.from_any: expected a sparse CSR or COO tensor, got layout {A.layout}")
         if not hasattr(A, "tocsr"):
             raise TypeError(f"CSR.from_any: expected a torch or scipy sparse matrix, got {type(A).__name__}")
+        if len(A.shape) != 2:
+            raise ValueError(f"CSR.from_any: expected a matrix, got shape {tuple(A.shape)}")
         matrix = A.tocsr()
         if matrix.dtype.kind in "iub":
             matrix = matrix.astype("float64")
@@ -218,7 +221,10 @@ class CSR(LinearOperator):
 
     def asymmetry(self) -> tuple[float, str]:
         """Return ``max |a_ij - a_ji| / max |a_ij|`` and where; a missing entry counts as zero. Computed once."""
-        if self._asymmetry is None:
+        # Values that are being trained change in place, and `.data` tells no one: looked at anew each time.
+        version = None if self.values.requires_grad else self.values._version
+        if version is None or version != self._asymmetry_of:
+            self._asymmetry_of = version
             if self.shape[0] != self.shape[1]:
                 raise ValueError(f"CSR.asymmetry: the matrix is not square: {self.shape}")
             values = host(self.values)

@@ -41,7 +41,8 @@ class Dense(LinearOperator):
         self.matrix = A
         self.shape = (A.shape[0], A.shape[1])
         self.dtype, self.device = A.dtype, A.device
-        self._asymmetry: tuple[float, str] | None = None
+        self._asymmetry = 0.0, ""
+        self._asymmetry_of: int | None = None  # the version of the values it was computed for
 
     def encode(self) -> Encoded:
         """One dense term."""
@@ -73,7 +74,10 @@ class Dense(LinearOperator):
 
     def asymmetry(self) -> tuple[float, str]:
         """Return ``max |a_ij - a_ji| / max |a_ij|`` and where; computed once."""
-        if self._asymmetry is None:
+        # Values that are being trained change in place, and `.data` tells no one: looked at anew each time.
+        version = None if self.matrix.requires_grad else self.matrix._version
+        if version is None or version != self._asymmetry_of:
+            self._asymmetry_of = version
             matrix = self.matrix.detach()
             difference = (matrix - matrix.mT).abs()
             largest = float(matrix.abs().max()) if matrix.numel() else 0.0

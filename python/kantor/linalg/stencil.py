@@ -38,13 +38,6 @@ class _GridOperator(LinearOperator):
         """The grid as (nz, ny, nx): a two-dimensional one (ny, nx) becomes (ny, 1, nx)."""
         return list(self.grid) if len(self.grid) == 3 else [self.grid[0], 1, self.grid[1]]
 
-    def matvec(self, x: Tensor) -> Tensor:
-        """Return ``A x`` for x of shape ``(..., n)`` or ``(..., *grid)``."""
-        if isinstance(x, Tensor) and x.ndim >= len(self.grid) and tuple(x.shape[-len(self.grid) :]) == self.grid:
-            result: Tensor = super().matvec(x.flatten(-len(self.grid))).unflatten(-1, self.grid)
-            return result
-        return super().matvec(x)
-
     @property
     def T(self) -> LinearOperator:  # noqa: N802
         """Itself: stencils are symmetric."""
