@@ -6,6 +6,7 @@ Needs nothing but kantor, torch and numpy.
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 
@@ -16,6 +17,7 @@ from kantor.linalg import CSR, Stencil, cg
 def main() -> None:
     """Raise at the first thing that does not hold."""
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     options = {"dtype": torch.float64}
     for module in ("scipy", "matplotlib", "typer"):
         assert module not in sys.modules, f"import kantor brought in {module}"

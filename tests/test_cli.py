@@ -365,6 +365,16 @@ def command(*words, **options):
     return subprocess.Popen([sys.executable, "-m", "kantor.cli", *map(str, words)], text=True, **options)
 
 
+def test_outputs_do_not_replace_inputs(folder):
+    before = (folder / "a.mtx").read_bytes()
+    expect_bad_input(run("solve", "a.mtx", "-o", "./a.mtx"), "would overwrite")
+    assert (folder / "a.mtx").read_bytes() == before
+    (folder / "kept.npy").symlink_to(folder / "target.npy")
+    assert run("solve", "a.mtx", "-o", "kept.npy").exit_code == 0
+    assert (folder / "kept.npy").is_symlink()
+    assert np.isfinite(np.load(folder / "target.npy")).all()
+
+
 @pytest.mark.parametrize(("words", "code"), [(("a.mtx",), 0), (("a.mtx", "--maxiter", "1"), 1), (("missing.mtx",), 2)])
 def test_exit_codes_of_the_process(folder, words, code):
     process = command("solve", *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

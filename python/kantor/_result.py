@@ -46,8 +46,8 @@ _ADVICE = {
     "result.direction, its curvature result.curvature. For an indefinite A use another method (MINRES in scipy); in a "
     "minimisation the direction is a descent direction.",
     SolveStatus.SINGULAR: "A direction of zero curvature was met: A is singular to working precision and b is not "
-    "in its range, or A is indefinite, or conditioned worse than 1/eps. If A is semidefinite, remove the null space from b (for pure Neumann problems: its "
-    "mean), or add a shift. The direction is result.direction.",
+    "in its range, or A is indefinite, or conditioned worse than 1/eps. If A is semidefinite, remove its null space "
+    "from b (for pure Neumann problems: the mean), or add a shift. The direction is result.direction.",
     SolveStatus.STAGNATED: "The true residual stopped falling above the tolerance: it has reached the rounding level "
     "of this dtype. Use float64, storage=torch.float32 with float64 input, or a looser rtol.",
     SolveStatus.BREAKDOWN: "The iteration produced NaN or infinity: look for overflow in the operator or the "

@@ -175,9 +175,7 @@ def _load(path: Path) -> Any:
     raise BadInputError(f"{path}: unknown kind of right-hand side; expected .npy, .mtx, .mtx.gz or .txt")
 
 
-def check_output(
-    path: Path, suffixes: tuple[str, ...] = _VECTOR_SUFFIXES, inputs: Sequence[Path | None] = ()
-) -> None:
+def check_output(path: Path, suffixes: tuple[str, ...] = _VECTOR_SUFFIXES, inputs: Sequence[Path | None] = ()) -> None:
     """Find out before a long solve whether ``path`` can be written without losing one of the ``inputs``.
 
     Raises

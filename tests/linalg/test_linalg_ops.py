@@ -42,12 +42,12 @@ def csr(size: int, rand: Rand, index: torch.dtype = torch.int32) -> tuple[list[T
 
 
 def stencil(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
-    return [rand(4).abs() + 0.5], [STENCIL, size, 1, 3, 0, 1, 1], [0.5]
+    return [rand(4).abs() + 0.5], [STENCIL, size, 1, 2, 0, 1, 1], [0.5]
 
 
 def faces(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
-    operands = [rand(1).abs() + 0.5, *(rand(*shape).abs() for shape in ((size + 1, 2, 3), (size, 3, 3), (size, 2, 4)))]
-    return operands, [FACES, size, 2, 3, 3], [1.0]
+    operands = [rand(1).abs() + 0.5, *(rand(*shape).abs() for shape in ((size + 1, 1, 2), (size, 2, 2), (size, 1, 3)))]
+    return operands, [FACES, size, 1, 2, 3], [1.0]
 
 
 def diagonal(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
@@ -55,7 +55,7 @@ def diagonal(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float
 
 
 def total(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
-    n = 3 * size
+    n = 2 * size
     parts = [stencil(size, rand), csr(n, rand, torch.int64), diagonal(n, rand)]
     scales = [0.5, 2.0, 0.25]
     return [t for part in parts for t in part[0]], [k for part in parts for k in part[1]], scales
@@ -131,16 +131,18 @@ def matvec_case(name: str) -> OpCase:
         free=(3,) if name in ("csr", "sum") else (0, 3),
         factor=64.0,
         op=MATVEC,
-        sizes=(1, 2, 17, 257) if name in ("stencil", "faces", "sum") else (0, 1, 2, 17, 257),
+        sizes=(1, 2, 17, 101) if name in ("stencil", "faces", "sum") else (0, 1, 2, 17, 101),
         small_size=3,
         large_size={"dense": 400, "faces": 20_003, "stencil": 20_003, "sum": 20_003}.get(name, 50_003),
         errors=(
-            ErrorCase((ValueError, RuntimeError), "does not match|shape", lambda o, t, s, x: (o, t, s, x[..., :-1])),
+            ErrorCase(ValueError, "does not match", lambda o, t, s, x: (o, t, s, x[..., :-1])),
             ErrorCase(ValueError, "fewer scales", lambda o, t, s, x: (o, t, s[:-1], x)),
-            ErrorCase((ValueError, RuntimeError), "fewer operands|wrong number", lambda o, t, s, x: (o[:-1] or [x[0, :0]], t, s, x)),
-            ErrorCase(TypeError, "expected float64, got float32", lambda o, t, s, x: ([*o[:-1], o[-1].float()], t, s, x)),
+            ErrorCase(ValueError, "fewer operands|wrong number", lambda o, t, s, x: (o[:-1] or [x[0, :0]], t, s, x)),
+            ErrorCase(
+                TypeError, "expected float64, got float32", lambda o, t, s, x: ([*o[:-1], o[-1].float()], t, s, x)
+            ),
         ),
-    )  # fmt: skip
+    )
 
 
 # --- cg ---
@@ -192,15 +194,15 @@ def cg_case(name: str, M: str | None = None) -> OpCase:
         condition=condition,
         factor=64.0,
         op=CG,
-        sizes=(1, 2, 17, 101) if name in ("stencil", "faces", "sum") else (0, 1, 2, 17, 101),
-        small_size=3,
+        sizes=(1, 2, 17) if name in ("stencil", "faces", "sum") else (0, 1, 2, 33),
+        small_size=2 if name in ("stencil", "faces", "sum") else 3,
         large_size={"dense": 300, "faces": 10_003, "stencil": 20_003, "sum": 10_003}.get(name, 40_003),
         errors=(
-            ErrorCase((ValueError, RuntimeError), "does not match b", lambda *a: (*a[:6], a[6][..., :-1].contiguous(), *a[7:])),
+            ErrorCase(ValueError, "does not match b", lambda *a: (*a[:6], a[6][..., :-1], *a[7:])),
             ErrorCase(ValueError, "fewer scales", lambda *a: (*a[:2], [], *a[3:])),
             ErrorCase(TypeError, "expected float64, got float32", lambda *a: ([*a[0][:-1], a[0][-1].float()], *a[1:])),
         ),
-    )  # fmt: skip
+    )
 
 
 # --- ic0_solve: lower factor, its transpose, and the levels ---
@@ -245,7 +247,7 @@ IC0 = OpCase(
 
 CASES = [
     *(matvec_case(name) for name in FORMS),
-    *(cg_case(name) for name in FORMS),
+    *(cg_case(name) for name in FORMS if name not in ("csr", "diagonal")),
     cg_case("csr", "with a diagonal"),
     IC0,
 ]

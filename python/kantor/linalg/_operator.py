@@ -62,7 +62,8 @@ class LinearOperator:
         """
         grid = self.grid
         if grid is not None and isinstance(x, Tensor) and x.ndim >= len(grid) and tuple(x.shape[-len(grid) :]) == grid:
-            return self.matvec(x.flatten(-len(grid))).unflatten(-1, grid)
+            shaped: Tensor = self.matvec(x.flatten(-len(grid))).unflatten(-1, grid)
+            return shaped
         self._check_vector(x, self.shape[1])
         return self._apply(x)
 

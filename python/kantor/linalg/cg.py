@@ -15,7 +15,6 @@ from collections.abc import Callable as CallableType
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -129,8 +128,8 @@ def cg(
     -----
     Memory: x, r, p, q and, with a preconditioner other than Jacobi, z. Traffic per unknown and iteration: 8 words for
     stencils, 10 and the matrix for CSR (csrc/linalg/cg_cpu.cpp). Deterministic: the same bits for any number of
-    threads. Derivatives of a callable A are first order only. The solves for derivatives use `rtol`, or 1e-5 where it is
-    looser.
+    threads. Derivatives of a callable A are first order only. The solves for derivatives use `rtol`, or 1e-5 where it
+    is looser.
 
     Source: Hestenes & Stiefel 1952; Saad, *Iterative Methods for Sparse Linear Systems*, 2nd ed., algorithm 9.1.
 
@@ -344,9 +343,7 @@ class _Problem:
         """Give the solution its implicit derivative: x + A^-1 (b - A x), whose second part is zero."""
         if self.A.is_native:
             M = self.M.encode() if self.M is not None and self.M.is_native else _NONE
-            result: tuple[Tensor, ...] = _native.cg(
-                *self.A.encode(), *M, self.b, x.detach(), self.rtol, self.atol, 0
-            )
+            result: tuple[Tensor, ...] = _native.cg(*self.A.encode(), *M, self.b, x.detach(), self.rtol, self.atol, 0)
             return result[0]
         residual = self.b - self.A.matvec(x.detach())
         correction: Tensor = _CallableSolve.apply(residual, self)  # type: ignore[no-untyped-call]
@@ -440,7 +437,7 @@ def _check_arguments(
         if x0.shape != b.shape:
             raise ValueError(f"cg: x0: expected the shape of b, {tuple(b.shape)}, got {tuple(x0.shape)}")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not (isinstance(value, Real) and 0 <= value < math.inf):
+        if not (isinstance(value, int | float | np.floating | np.integer) and 0 <= value < math.inf):
             raise ValueError(f"cg: {name}: expected a finite number >= 0, got {value!r}")
     if maxiter is not None and (not isinstance(maxiter, int | np.integer) or maxiter < 0):
         raise ValueError(f"cg: maxiter: expected an integer >= 0, got {maxiter!r}")
@@ -470,7 +467,8 @@ def _make_monitor(
     def monitor(iteration: int, residual_norm: float) -> bool:
         if bar is not None:
             bar(iteration, residual_norm, target)
-        return callback is not None and bool(callback(IterationInfo(iteration, residual_norm)))
+        answer = None if callback is None else callback(IterationInfo(iteration, residual_norm))
+        return isinstance(answer, bool | np.bool_) and bool(answer)
 
     return monitor
 
