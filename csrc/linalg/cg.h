@@ -80,7 +80,7 @@ KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double 
   const bool representable = bb > (single ? 1e-40 : 1e-200) && bb < (single ? 1e60 : 1e280);
   if (!std::isfinite(b_max) || std::isnan(bb))
     s.finish(CgStatus::breakdown);
-  else if (options.atol > 0 && rr <= options.atol * options.atol)
+  else if (std::isfinite(rr) && options.atol * options.atol > 0 && rr <= options.atol * options.atol)
     s.finish(CgStatus::converged);  // however small b is
   else if ((b_max > 0 && !representable) || !std::isfinite(rr))
     s.finish(CgStatus::bad_scale);

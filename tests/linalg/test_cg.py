@@ -229,8 +229,10 @@ def test_threads_change_no_bit(kind: str, M: Any, dtype: torch.dtype) -> None:
         M = lambda r: inverse * r  # noqa: E731
     results = []
     for count in (1, 2, 3):
-        with threads(count):
-            result = expect("maxiter", lambda: cg(A, b, M=M, maxiter=12, rtol=0))
+        with threads(count), pytest.warns(RuntimeWarning, match="cg: "):
+            result = cg(A, b, M=M, maxiter=12, rtol=0)
+        # The incomplete factor of a full matrix is exact: then the residual vanishes before the limit.
+        assert str(result.status) == ("stagnated" if result.iterations < 12 else "maxiter")
         results.append((result.x, torch.tensor(result.history.residual_norms), torch.tensor(result.residual_norm)))
     assert all(same_bits(results[0], other) for other in results[1:])
 

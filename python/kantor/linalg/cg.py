@@ -91,7 +91,8 @@ def cg(
     M : None, "jacobi", "ic0", operator or callable
         Preconditioner, an approximation of the inverse of A, symmetric positive definite.
     rtol, atol : float
-        Tolerances. With ``rtol=0, atol=0`` exactly `maxiter` iterations are made, unless the residual vanishes.
+        Tolerances. With ``rtol=0, atol=0`` exactly `maxiter` iterations are made, unless the residual
+        falls so far below rounding that its square vanishes.
     maxiter : int, optional
         Default ``10 n``.
     callback : callable, optional
