@@ -58,6 +58,22 @@ void bind_matvec(const Operands& operands, const Layout& layout, const Scales& s
   });
 }
 
+// A host tensor to zero, on huge pages where it is large: every later pass over it has fewer page faults and TLB
+// misses.
+void bind_zero_fill(const Tensor& out, int threads) {
+  require_host(out, "zero_fill");
+  switch_float(out, "out", [&]<class T>(T) {
+    T* data = elements<T>(out, "out").data();
+    py::gil_scoped_release nogil;
+    const Chunks chunks{out.size()};
+    advise_huge_pages(data, static_cast<size_t>(out.size()) * sizeof(T));
+    parallel_for(threads_for(threads, chunks.n), chunks.count(), [&](int64_t chunk) {
+      const Range range = chunks.range(chunk);
+      std::fill(data + range.begin, data + range.end, T(0));
+    });
+  });
+}
+
 // Between iterations: every 10 ms let Python handle signals; at every iteration call the user's monitor, when there is
 // one.
 class PythonMonitor {
@@ -240,6 +256,7 @@ void bind_ic0_solve(const Operands& operands, const Layout& layout, const Tensor
 
 void bind_linalg(py::module_& m) {
   m.def("multiply_add", &bind_multiply_add);
+  m.def("zero_fill", &bind_zero_fill);
   m.def("matvec", &bind_matvec);
   m.def("cg", &bind_cg);
   m.attr("cg_state_size") = cg_state_size;

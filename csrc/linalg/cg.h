@@ -101,16 +101,20 @@ KANTOR_HD void cg_after_precondition(CgState& s, double rz) {
   s.pmp = rz + s.beta * s.beta * s.pmp;  // p'M^-1 p, because r is orthogonal to the previous direction
 }
 
-// After q = A p with pq = p.q and qq = q.q. Step 3: alpha = rz / pq.
+// What rounding alone can make of p'Ap. A value within it has no sign: the curvature is zero to working precision. In
+// the first iteration nothing is known about A, and the sign is taken as it is.
+KANTOR_HD double cg_curvature_noise(const CgState& s, const CgOptions& options) {
+  return 8 * options.epsilon * s.lambda_max * s.pmp;
+}
+
+// After q = A p with pq = p.q and qq = q.q, which is read only where pq is within rounding. Step 3: alpha = rz / pq.
 KANTOR_HD void cg_after_apply(CgState& s, const CgOptions& options, double pq, double qq) {
   if (!s.running()) return;
   const double previous_alpha = s.alpha;
   s.alpha = 0;  // a latched system takes no step
   if (!std::isfinite(pq)) return s.finish(CgStatus::breakdown);
   s.curvature = pq;
-  // What rounding alone can make of p'Ap. A value within it has no sign: the curvature is zero to working precision. In
-  // the first iteration nothing is known about A, and the sign is taken as it is.
-  const double noise = 8 * options.epsilon * s.lambda_max * s.pmp;
+  const double noise = cg_curvature_noise(s, options);
   if (pq < -noise) return s.finish(CgStatus::negative_curvature);
   if (pq <= 0) return s.finish(CgStatus::singular);
   const double alpha = s.rz / pq;

@@ -86,14 +86,20 @@ class CpuSpace {
       each_block([this](int64_t k) { return running(k); },
                  [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
       apply_(false);
-      each_block(
-          [this](int64_t k) { return running(k); },
-          [&](int64_t k, int64_t chunk, Range rows) { add_products(k, chunk, rows, v_.q + k * v_.n + rows.begin); });
+      each_block([this](int64_t k) { return running(k); },
+                 [&](int64_t k, int64_t chunk, Range rows) {
+                   const int64_t at = k * v_.n + rows.begin;
+                   sum(0, k, chunk) += dot(rows.size(), v_.p + at, v_.q + at);
+                 });
     } else {
       clear_sums();
       split([&](Range chunks, Range systems, int workers) { direction_and_apply(chunks, systems, workers); });
     }
-    for (int64_t k = 0; k < v_.batch; ++k) cg_after_apply(v_.states[k], options_, total(0, k), total(1, k));
+    std::vector<double> pq(static_cast<size_t>(v_.batch));
+    for (int64_t k = 0; k < v_.batch; ++k) pq[static_cast<size_t>(k)] = total(0, k);
+    form_squares_of_doubtful_products(pq);
+    for (int64_t k = 0; k < v_.batch; ++k)
+      cg_after_apply(v_.states[k], options_, pq[static_cast<size_t>(k)], total(1, k));
   }
 
   void update() {
@@ -187,10 +193,24 @@ class CpuSpace {
       update_direction(rows.size(), beta, v_.z + at, v_.p + at);
   }
 
-  void add_products(int64_t k, int64_t chunk, Range rows, const T* q) {
-    const PairOfDots dots = pair_of_dots(rows.size(), v_.p + k * v_.n + rows.begin, q);
-    sum(0, k, chunk) += dots.pq;
-    sum(1, k, chunk) += dots.qq;
+  // q.q in sum 1 for the systems whose p.q is positive but within rounding: too rare to be formed every time.
+  void form_squares_of_doubtful_products(const std::vector<double>& pq) {
+    const auto doubtful = [&](int64_t k) {
+      const double product = pq[static_cast<size_t>(k)];
+      return running(k) && product > 0 && product <= cg_curvature_noise(v_.states[k], options_);
+    };
+    int64_t count = 0;
+    for (int64_t k = 0; k < v_.batch; ++k) count += doubtful(k);
+    if (count == 0) return;
+    each_block(doubtful, [&](int64_t k, int64_t chunk, Range rows) {
+      alignas(64) T scratch[block_size];
+      const T* q = v_.q + k * v_.n + rows.begin;
+      if (recompute_) {
+        apply_rows(*A_, v_.p + k * v_.n, scratch, rows);
+        q = scratch;
+      }
+      sum(1, k, chunk) += dot(rows.size(), q, q);
+    });
   }
 
   // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then,
@@ -220,7 +240,7 @@ class CpuSpace {
           alignas(64) T scratch[block_size];
           T* q = recompute_ ? scratch : v_.q + k * v_.n + block.begin;
           apply_rows(*A_, v_.p + k * v_.n, q, block);
-          add_products(k, chunk, block, q);
+          sum(0, k, chunk) += dot(block.size(), v_.p + k * v_.n + block.begin, q);
         }
       }
     }

@@ -9,13 +9,6 @@ namespace kantor {
 template <class T>
 double dot(int64_t n, const T* x, const T* y);
 
-// p . q and q . q in one sweep                                                             reads 2 words
-struct PairOfDots {
-  double pq, qq;
-};
-template <class T>
-PairOfDots pair_of_dots(int64_t n, const T* p, const T* q);
-
 // sum_i d_i x_i^2                                                                          reads 2 words
 template <class T>
 double weighted_square(int64_t n, const T* d, const T* x);

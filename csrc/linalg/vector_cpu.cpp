@@ -15,24 +15,6 @@ KANTOR_SIMD double dot(int64_t n, const T* x, const T* y) {
 }
 
 template <class T>
-KANTOR_SIMD PairOfDots pair_of_dots(int64_t n, const T* p, const T* q) {
-  Double8 pq[4]{}, qq[4]{};
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
-    for (int lane = 0; lane < 4; ++lane) {
-      const Double8 y = load8(q + i + 8 * lane);
-      pq[lane] += load8(p + i + 8 * lane) * y;
-      qq[lane] += y * y;
-    }
-  double pq_tail = 0, qq_tail = 0;
-  for (; i < n; ++i) {
-    pq_tail += double(p[i]) * double(q[i]);
-    qq_tail += double(q[i]) * double(q[i]);
-  }
-  return {horizontal_sum(pq[0], pq[1], pq[2], pq[3]) + pq_tail, horizontal_sum(qq[0], qq[1], qq[2], qq[3]) + qq_tail};
-}
-
-template <class T>
 KANTOR_SIMD double weighted_square(int64_t n, const T* d, const T* x) {
   return lane_sum(
       n, [=](int64_t i) KANTOR_INLINE_LAMBDA { return load8(d + i) * load8(x + i) * load8(x + i); },
@@ -104,7 +86,6 @@ KANTOR_SIMD void scale(int64_t n, double a, const T* __restrict x, Out* __restri
 
 #define KANTOR_INSTANTIATE(T)                                                \
   template double dot(int64_t, const T*, const T*);                          \
-  template PairOfDots pair_of_dots(int64_t, const T*, const T*);             \
   template double weighted_square(int64_t, const T*, const T*);              \
   template double max_abs(int64_t, const T*);                                \
   template void multiply_add(int64_t, T, const T*, T, const T*, T*);         \

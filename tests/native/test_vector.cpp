@@ -66,15 +66,12 @@ void for_each_length(F&& f) {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("dot, pair of dots, weighted square, largest entry", T, float, double) {
+TEST_CASE_TEMPLATE("dot, weighted square, largest entry", T, float, double) {
   for_each_length([](int64_t n, int64_t shift) {
     Vector<T> x(n, 1, shift), y(n, 2, shift), d(n, 3);
     CAPTURE(n);
     CHECK(
         Exact(n, [&](int64_t i) { return static_cast<long double>(x[i]) * y[i]; }).matches(dot(n, x.data(), y.data())));
-    const PairOfDots pair = pair_of_dots(n, x.data(), y.data());
-    CHECK(Exact(n, [&](int64_t i) { return static_cast<long double>(x[i]) * y[i]; }).matches(pair.pq));
-    CHECK(Exact(n, [&](int64_t i) { return static_cast<long double>(y[i]) * y[i]; }).matches(pair.qq));
     CHECK(Exact(n, [&](int64_t i) {
             return static_cast<long double>(d[i]) * x[i] * x[i];
           }).matches(weighted_square(n, d.data(), x.data())));
@@ -91,8 +88,6 @@ TEST_CASE_TEMPLATE("sums tell of NaN and infinity; the largest entry ignores NaN
       for (int64_t i = 0; i < 45; ++i) ones.set(i, 1);
       x.set(at, bad);
       CHECK(!std::isfinite(dot(45, x.data(), ones.data())));
-      CHECK(!std::isfinite(pair_of_dots(45, ones.data(), x.data()).pq));
-      CHECK(!std::isfinite(pair_of_dots(45, ones.data(), x.data()).qq));
       CHECK(!std::isfinite(weighted_square(45, ones.data(), x.data())));
       CHECK(std::isinf(max_abs(45, x.data())) == std::isinf(bad));
     }
