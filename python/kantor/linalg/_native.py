@@ -308,10 +308,13 @@ def _sizes_forward(b: Tensor) -> Tensor:
     if b.shape[-1] == 0:
         return b.new_ones((*b.shape[:-1], 1))
     largest = b.abs().amax(-1, keepdim=True)
-    return torch.where(largest == 0, torch.ones_like(largest), largest)  # NaN stays NaN
+    exponent = (torch.frexp(largest).exponent - 1).to(largest.dtype)  # 2 ** exponent <= largest: never out of range
+    power = torch.where(largest == 0, torch.ones_like(largest), torch.exp2(exponent))
+    return torch.where(largest.isfinite(), power, largest)  # NaN stays NaN
 
 
-# Per system the largest entry of b, or one, shape (..., 1): b over it is safe from under- and overflow. A constant for
+# Per system the power of two below the largest entry of b, or one, shape (..., 1): b over it is safe from under- and
+# overflow, and no bit of it changes. A constant for
 # all derivatives, and an operator of its own because torch's first vmap can neither detach nor take a maximum.
 sizes: Callable[..., Tensor] = declare(
     "sizes(Tensor b) -> Tensor",
