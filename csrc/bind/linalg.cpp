@@ -1,13 +1,9 @@
-#include <pybind11/functional.h>
 #include <pybind11/stl.h>
-
-#include <chrono>
 
 #include "bind/dispatch.h"
 #include "bind/operator_args.h"
 #include "bind/tensor_caster.h"
 #include "core/parallel.h"
-#include "linalg/cg.h"
 #include "linalg/csr.h"
 #include "linalg/ic0.h"
 #include "linalg/vector.h"
@@ -71,101 +67,6 @@ void bind_zero_fill(const Tensor& out, int threads) {
       const Range range = chunks.range(chunk);
       std::fill(data + range.begin, data + range.end, T(0));
     });
-  });
-}
-
-// Between iterations: every 10 ms let Python handle signals; at every iteration call the user's monitor, when there is
-// one.
-class PythonMonitor {
- public:
-  explicit PythonMonitor(py::object user) : user_(std::move(user)) {}
-  CgStatus operator()(int64_t iteration, double residual_norm) {
-    const auto now = std::chrono::steady_clock::now();
-    if (user_.is_none() && now - last_ < std::chrono::milliseconds(10)) return CgStatus::running;
-    py::gil_scoped_acquire gil;
-    last_ = now;
-    if (PyErr_CheckSignals() != 0) {
-      if (!PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) throw py::error_already_set();
-      PyErr_Clear();
-      return CgStatus::interrupted;
-    }
-    try {
-      if (!user_.is_none() && user_(iteration, residual_norm).cast<bool>()) return CgStatus::stopped;
-    } catch (const py::error_already_set& error) {
-      if (!error.matches(PyExc_KeyboardInterrupt)) throw;
-      return CgStatus::interrupted;
-    }
-    return CgStatus::running;
-  }
-
- private:
-  py::object user_;
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
-
-// Runs Python code inside an iteration; Ctrl-C that lands there ends the iteration like one that lands in native code.
-template <class Call>
-void call_back(Call&& call) {
-  py::gil_scoped_acquire gil;
-  try {
-    call();
-  } catch (const py::error_already_set& error) {
-    if (!error.matches(PyExc_KeyboardInterrupt)) throw;
-    throw CgInterrupted{};
-  }
-}
-
-void bind_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
-             const Layout& m_layout, const Scales& m_scales, const Tensor& b, const Tensor& x, const Operands& vectors,
-             bool zero_start, const Tensor& info, const Tensor& history, const Tensor& workspace, double rtol,
-             double atol, int64_t max_iterations, const py::object& apply, const py::object& precondition,
-             const py::object& user_monitor, int threads) {
-  require(b.ndim == 2 && vectors.size() == 4, "cg: b must be (batch, n), vectors must be r, p, q, z");
-  const OperatorArgs a_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
-  const ApplyCallback apply_callback = [&apply](bool to_x) { call_back([&] { apply(to_x); }); };
-  const Callback precondition_callback = [&precondition] { call_back([&] { precondition(); }); };
-  switch_float(b, "b", [&]<class T>(T) {
-    CgVectors<T> v{b.shape[1],
-                   b.shape[0],
-                   elements<const T>(b, "b").data(),
-                   elements<T>(x, "x").data(),
-                   elements<T>(vectors[0], "r").data(),
-                   elements<T>(vectors[1], "p").data(),
-                   elements<T>(vectors[2], "q").data(),
-                   elements<T>(vectors[3], "z").data(),
-                   zero_start,
-                   reinterpret_cast<CgState*>(elements<double>(info, "info").data()),
-                   elements<double>(history, "history").data(),
-                   elements<uint8_t>(workspace, "workspace").data()};
-    for (const Tensor* t : {&x, &vectors[0], &vectors[1], &vectors[3]})
-      require(t->size() == b.size(), "cg: sizes differ");
-    require(info.size() == v.batch * cg_state_size, "cg: info must be (batch, cg_state_size)");
-    const Operator<T> A = layout.empty() ? Operator<T>{} : read_operator<T>(a_args, b);
-    require(layout.empty() || (A.rows == v.n && A.cols == v.n), "cg: the operator's shape does not match b");
-    Preconditioner<T> M = read_preconditioner<T>(m_args, b);
-    if (!precondition.is_none()) M = precondition_callback;
-    const CgOptions options{rtol,
-                            atol,
-                            max_iterations,
-                            double(std::numeric_limits<T>::epsilon()) / 2,
-                            v.batch ? history.size() / v.batch : 2,
-                            !user_monitor.is_none()};
-    const Exec exec = exec_for(b, threads);
-    const CgMonitor monitor = PythonMonitor(user_monitor);
-    py::gil_scoped_release nogil;
-    for (const Tensor& t : vectors)
-      if (!t.on_cuda()) advise_huge_pages(t.data, t.size() * sizeof(T));
-    try {
-      if constexpr (cuda_code_built)
-        if (use_cuda_code(b))
-          return cg_cuda(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
-      (void)use_cuda_code(b);
-      cg_cpu(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
-    } catch (const CgInterrupted&) {
-      py::gil_scoped_acquire gil;
-      PyErr_SetNone(PyExc_KeyboardInterrupt);
-      throw py::error_already_set();
-    }
   });
 }
 
@@ -258,12 +159,6 @@ void bind_linalg(py::module_& m) {
   m.def("multiply_add", &bind_multiply_add);
   m.def("zero_fill", &bind_zero_fill);
   m.def("matvec", &bind_matvec);
-  m.def("cg", &bind_cg);
-  m.attr("cg_state_size") = cg_state_size;
-  if constexpr (cuda_code_built)
-    m.def("cg_workspace_bytes", &cg_workspace_bytes);
-  else
-    m.def("cg_workspace_bytes", [](int64_t) { return int64_t{0}; });
   m.def("csr_check", &bind_csr_check);
   m.def("csr_transpose", &bind_csr_transpose);
   m.def("csr_asymmetry", &bind_csr_asymmetry);

@@ -12,6 +12,7 @@ namespace py = pybind11;
 namespace kantor {
 
 void bind_linalg(py::module_& m);
+void bind_krylov(py::module_& m);
 
 namespace {
 
@@ -71,6 +72,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
     } catch (const BackendUnavailable& e) { set_python_error("BackendUnavailable", e.what()); }
   });
   bind_linalg(m);
+  bind_krylov(m);
 }
 
 }  // namespace kantor

@@ -11,27 +11,25 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/parallel.h"
-#include "core/reduce.h"
 #include "linalg/cg.h"
-#include "linalg/vector.h"
+#include "linalg/krylov_cpu.h"
 
 namespace kantor {
 namespace {
-
-// Rows whose product is formed at a time: 8 KiB of doubles, so that it stays in the first-level cache.
-constexpr int64_t block_size = 1024;
 
 template <class T>
 class CpuSpace {
  public:
   CpuSpace(Team& team, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
            const CgVectors<T>& v, const CgOptions& options)
-      : team_(team), A_(A), apply_(apply), M_(M), v_(v), options_(options) {
-    chunks_ = A ? chunks_of(*A) : Chunks{v.n};
+      : passes_(team, A ? chunks_of(*A) : Chunks{v.n}, v.batch, 2),
+        A_(A),
+        apply_(apply),
+        M_(M),
+        v_(v),
+        options_(options) {
     halo_ = A ? halo_of(*A) : v.n;
     recompute_ = A && words_per_row(*A) <= 1;
-    sums_.resize(static_cast<size_t>(2 * v.batch * chunks_.count()));
     if (const auto* d = std::get_if<Diagonal<T>>(&M)) scaling_ = d->values;
   }
 
@@ -40,60 +38,54 @@ class CpuSpace {
   }
 
   void start() {
-    std::vector<double> b_max(static_cast<size_t>(v_.batch * chunks_.count()));
-    each_block([](int64_t) { return true; },
-               [&](int64_t k, int64_t chunk, Range rows) {
-                 const T* b = v_.b + k * v_.n + rows.begin;
-                 sum(0, k, chunk) += dot(rows.size(), b, b);
-                 double& largest = b_max[static_cast<size_t>(k * chunks_.count() + chunk)];
-                 largest = std::fmax(largest, max_abs(rows.size(), b));
-               });
+    std::vector<double> b_max(static_cast<size_t>(v_.batch * passes_.chunks().count()));
+    passes_.each_block([](int64_t) { return true; },
+                       [&](int64_t k, int64_t chunk, Range rows) {
+                         const T* b = v_.b + k * v_.n + rows.begin;
+                         sum(0, k, chunk) += dot(rows.size(), b, b);
+                         double& largest = b_max[static_cast<size_t>(k * passes_.chunks().count() + chunk)];
+                         largest = std::fmax(largest, max_abs(rows.size(), b));
+                       });
     form_residual([](int64_t) { return true; });
     for (int64_t k = 0; k < v_.batch; ++k) {
-      const auto first = b_max.begin() + k * chunks_.count();
+      const auto first = b_max.begin() + k * passes_.chunks().count();
       double largest = 0;
-      for (auto it = first; it != first + chunks_.count(); ++it) largest = std::fmax(largest, *it);
+      for (auto it = first; it != first + passes_.chunks().count(); ++it) largest = std::fmax(largest, *it);
       cg_start(v_.states[k], options_, total(0, k), largest, total(1, k), history(k));
     }
   }
 
   void precondition() {
     const auto running_systems = [this](int64_t k) { return running(k); };
-    if (const auto* M = std::get_if<IncompleteCholesky<T>>(&M_)) {
-      for (int64_t k = 0; k < v_.batch; ++k)  // q is free between the update and the next product
-        if (running(k)) solve_incomplete_cholesky_cpu(team_, *M, v_.r + k * v_.n, v_.q + k * v_.n, v_.z + k * v_.n);
-    } else if (const auto* callback = std::get_if<Callback>(&M_)) {
-      (*callback)();
-    }
+    const bool identity = std::holds_alternative<std::monostate>(M_);
     if (scaling_ && !scaled_sums_ready_) {
-      each_block(running_systems, [&](int64_t k, int64_t chunk, Range rows) {
+      passes_.each_block(running_systems, [&](int64_t k, int64_t chunk, Range rows) {
         sum(1, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + k * v_.n + rows.begin);
       });
-    } else if (!scaling_ && !std::holds_alternative<std::monostate>(M_)) {
-      const auto* M = std::get_if<Operator<T>>(&M_);
-      each_block(running_systems, [&](int64_t k, int64_t chunk, Range rows) {
+    } else if (!scaling_ && !identity) {
+      // q is free between the update and the next product
+      passes_.precondition(M_, v_.n, v_.r, v_.q, v_.z, running_systems, [&](int64_t k, int64_t chunk, Range rows) {
         const int64_t at = k * v_.n + rows.begin;
-        if (M) apply_rows(*M, v_.r + k * v_.n, v_.z + at, rows);
         sum(1, k, chunk) += dot(rows.size(), v_.r + at, v_.z + at);
       });
     }
     for (int64_t k = 0; k < v_.batch; ++k)
-      cg_after_precondition(v_.states[k], std::holds_alternative<std::monostate>(M_) ? v_.states[k].rr : total(1, k));
+      cg_after_precondition(v_.states[k], identity ? v_.states[k].rr : total(1, k));
   }
 
   void direction_and_apply() {
     if (!A_) {
-      each_block([this](int64_t k) { return running(k); },
-                 [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
+      passes_.each_block([this](int64_t k) { return running(k); },
+                         [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
       apply_(false);
-      each_block([this](int64_t k) { return running(k); },
-                 [&](int64_t k, int64_t chunk, Range rows) {
-                   const int64_t at = k * v_.n + rows.begin;
-                   sum(0, k, chunk) += dot(rows.size(), v_.p + at, v_.q + at);
-                 });
+      passes_.each_block([this](int64_t k) { return running(k); },
+                         [&](int64_t k, int64_t chunk, Range rows) {
+                           const int64_t at = k * v_.n + rows.begin;
+                           sum(0, k, chunk) += dot(rows.size(), v_.p + at, v_.q + at);
+                         });
     } else {
-      clear_sums();
-      split([&](Range chunks, Range systems, int workers) { direction_and_apply(chunks, systems, workers); });
+      passes_.clear_sums();
+      passes_.split([&](Range chunks, Range systems, int workers) { direction_and_apply(chunks, systems, workers); });
     }
     std::vector<double> pq(static_cast<size_t>(v_.batch));
     for (int64_t k = 0; k < v_.batch; ++k) pq[static_cast<size_t>(k)] = total(0, k);
@@ -103,19 +95,20 @@ class CpuSpace {
   }
 
   void update() {
-    each_block([this](int64_t k) { return running(k); },
-               [&](int64_t k, int64_t chunk, Range rows) {
-                 const int64_t at = k * v_.n + rows.begin;
-                 alignas(64) T scratch[block_size];
-                 const T* q = v_.q + at;
-                 if (recompute_) {
-                   apply_rows(*A_, v_.p + k * v_.n, scratch, rows);
-                   q = scratch;
-                 }
-                 const T alpha = static_cast<T>(v_.states[k].alpha);
-                 sum(0, k, chunk) += update_iterate(rows.size(), alpha, v_.p + at, q, v_.x + at, v_.r + at);
-                 if (scaling_) sum(1, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + at);
-               });
+    passes_.each_block([this](int64_t k) { return running(k); },
+                       [&](int64_t k, int64_t chunk, Range rows) {
+                         const int64_t at = k * v_.n + rows.begin;
+                         alignas(64) T scratch[block_size];
+                         const T* q = v_.q + at;
+                         if (recompute_) {
+                           apply_rows(*A_, v_.p + k * v_.n, scratch, rows);
+                           q = scratch;
+                         }
+                         const T alpha = static_cast<T>(v_.states[k].alpha);
+                         sum(0, k, chunk) += update_iterate(rows.size(), alpha, v_.p + at, q, v_.x + at, v_.r + at);
+                         if (scaling_)
+                           sum(1, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + at);
+                       });
     scaled_sums_ready_ = true;
     for (int64_t k = 0; k < v_.batch; ++k) cg_after_update(v_.states[k], options_, total(0, k), history(k));
   }
@@ -136,7 +129,7 @@ class CpuSpace {
 
   void verify() {
     const auto stopped = [this](int64_t k) { return !running(k) && v_.states[k].verified == 0; };
-    each_block(stopped, [&](int64_t k, int64_t chunk, Range rows) {
+    passes_.each_block(stopped, [&](int64_t k, int64_t chunk, Range rows) {
       const T* p = v_.p + k * v_.n + rows.begin;
       if (v_.states[k].curvature != 0) sum(0, k, chunk) += dot(rows.size(), p, p);
     });
@@ -152,37 +145,8 @@ class CpuSpace {
   bool running(int64_t k) const { return v_.states[k].running(); }
   double* history(int64_t k) const { return v_.history + k * options_.history_length; }
 
-  double& sum(int which, int64_t k, int64_t chunk) {
-    return sums_[static_cast<size_t>((which * v_.batch + k) * chunks_.count() + chunk)];
-  }
-  double total(int which, int64_t k) { return tree_sum(&sum(which, k, 0), chunks_.count()); }
-  void clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
-
-  // body(chunks, systems, workers) on every thread: a share of the chunks of all systems (the operator's data is then
-  // read once for the batch), or all chunks of a share of the systems when there are few chunks.
-  template <class Body>
-  void split(Body&& body) {
-    team_.pass([&](int worker, int workers) {
-      if (v_.batch >= workers && chunks_.count() < 4 * workers)
-        body(Range{0, chunks_.count()}, share(v_.batch, worker, workers), workers);
-      else
-        body(share(chunks_.count(), worker, workers), Range{0, v_.batch}, workers);
-    });
-  }
-
-  // body(k, chunk, rows) for every block of rows of every system that `active` selects. Clears the sums first.
-  template <class Active, class Body>
-  void each_block(Active&& active, Body&& body) {
-    clear_sums();
-    split([&](Range chunks, Range systems, int) {
-      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-        const Range rows = chunks_.range(chunk);
-        for (int64_t begin = rows.begin; begin < rows.end; begin += block_size)
-          for (int64_t k = systems.begin; k < systems.end; ++k)
-            if (active(k)) body(k, chunk, Range{begin, std::min(begin + block_size, rows.end)});
-      }
-    });
-  }
+  double& sum(int which, int64_t k, int64_t chunk) { return passes_.sum(which, k, chunk); }
+  double total(int which, int64_t k) { return passes_.total(which, k); }
 
   void advance_direction(int64_t k, Range rows) {
     const T beta = static_cast<T>(v_.states[k].beta);
@@ -202,7 +166,7 @@ class CpuSpace {
     int64_t count = 0;
     for (int64_t k = 0; k < v_.batch; ++k) count += doubtful(k);
     if (count == 0) return;
-    each_block(doubtful, [&](int64_t k, int64_t chunk, Range rows) {
+    passes_.each_block(doubtful, [&](int64_t k, int64_t chunk, Range rows) {
       alignas(64) T scratch[block_size];
       const T* q = v_.q + k * v_.n + rows.begin;
       if (recompute_) {
@@ -216,8 +180,9 @@ class CpuSpace {
   // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then,
   // after the barrier, everyone sweeps its slab with p advanced `halo` rows ahead of the product.
   void direction_and_apply(Range chunks, Range systems, int workers) {
-    const Range slab{chunks_.range(chunks.begin).begin,
-                     chunks.begin < chunks.end ? chunks_.range(chunks.end - 1).end : chunks_.range(chunks.begin).begin};
+    const Range slab{passes_.chunks().range(chunks.begin).begin, chunks.begin < chunks.end
+                                                                     ? passes_.chunks().range(chunks.end - 1).end
+                                                                     : passes_.chunks().range(chunks.begin).begin};
     const auto advance = [&](int64_t begin, int64_t end) {
       if (begin >= end) return;
       for (int64_t k = systems.begin; k < systems.end; ++k)
@@ -227,9 +192,9 @@ class CpuSpace {
     const int64_t last = std::max(frontier, slab.end - halo_);
     advance(slab.begin, frontier);
     advance(last, slab.end);
-    team_.barrier(workers);
+    passes_.team().barrier(workers);
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      const Range rows = chunks_.range(chunk);
+      const Range rows = passes_.chunks().range(chunk);
       for (int64_t begin = rows.begin; begin < rows.end; begin += block_size) {
         const Range block{begin, std::min(begin + block_size, rows.end)};
         const int64_t needed = std::min(block.end + halo_, last);
@@ -250,12 +215,12 @@ class CpuSpace {
   template <class Active>
   void form_residual(Active&& active) {
     if (!A_ && !(v_.zero_start && first_residual_)) apply_(true);
-    split([&](Range chunks, Range systems, int) {
+    passes_.split([&](Range chunks, Range systems, int) {
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk)
         for (int64_t k = systems.begin; k < systems.end; ++k) {
           if (!active(k)) continue;
           sum(1, k, chunk) = 0;
-          const Range rows = chunks_.range(chunk);
+          const Range rows = passes_.chunks().range(chunk);
           for (int64_t begin = rows.begin; begin < rows.end; begin += block_size)
             residual_block(k, chunk, {begin, std::min(begin + block_size, rows.end)});
         }
@@ -276,19 +241,17 @@ class CpuSpace {
     sum(1, k, chunk) += subtract(rows.size(), v_.b + at, product, v_.r + at);
   }
 
-  Team& team_;
+  BlockPasses passes_;  // with two partial sums a chunk and system
   const Operator<T>* A_;
   const ApplyCallback& apply_;
   const Preconditioner<T>& M_;
   CgVectors<T> v_;
   CgOptions options_;
-  Chunks chunks_{0};
   int64_t halo_ = 0;
   bool recompute_ = false;
   bool first_residual_ = true;
   bool scaled_sums_ready_ = false;  // sum 1 holds r.z for the diagonal preconditioner
   const T* scaling_ = nullptr;      // diagonal preconditioner: z = scaling * r is never stored
-  std::vector<double> sums_;        // two partial sums a chunk and system
 };
 
 }  // namespace

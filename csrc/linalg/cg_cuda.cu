@@ -10,24 +10,12 @@
 #include <vector>
 
 #include "linalg/cg.h"
-#include "linalg/operator_kernels.h"
+#include "linalg/krylov_kernels.h"
 
 namespace kantor {
 namespace {
 
 constexpr int64_t poll_every = 8;
-constexpr int64_t most_block_sums = 8192;  // 8 blocks for each multiprocessor of any GPU
-
-// Device memory for reductions: one ticket a system, `sums` partial results a block.
-struct Reduction {
-  unsigned* tickets;
-  double* partials;
-  int64_t batch;
-
-  __device__ __forceinline__ double* partial(int which, int64_t k) const {
-    return partials + (which * batch + k) * gridDim.x;
-  }
-};
 
 struct Shared {
   CgState* states;
@@ -36,34 +24,6 @@ struct Shared {
   Reduction reduction;
 
   __device__ __forceinline__ double* history_of(int64_t k) const { return history + k * options.history_length; }
-};
-
-// Sums values[] over the blocks of system k; then one thread calls finish(totals). The last value is a maximum if
-// asked.
-template <int count, bool last_is_maximum = false, class Finish>
-__device__ __forceinline__ void reduce(const Reduction& reduction, int64_t k, double (&values)[count],
-                                       Finish&& finish) {
-  for (int c = 0; c < count; ++c) {
-    const bool maximum = last_is_maximum && c == count - 1;
-    values[c] = maximum ? simt::block_max(values[c]) : simt::block_sum(values[c]);
-    if (threadIdx.x == 0) reduction.partial(c, k)[blockIdx.x] = values[c];
-  }
-  if (!simt::is_last_block(&reduction.tickets[k], gridDim.x)) return;
-  for (int c = 0; c < count; ++c) {
-    const bool maximum = last_is_maximum && c == count - 1;
-    double value = 0;
-    for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
-      const double other = reduction.partial(c, k)[i];
-      value = !maximum ? value + other : (other > value || other != other) ? other : value;
-    }
-    values[c] = maximum ? simt::block_max(value) : simt::block_sum(value);
-  }
-  if (threadIdx.x == 0) finish(values);
-}
-
-struct AcceptRunning {
-  const CgState* states;
-  __device__ __forceinline__ bool operator()(int64_t k) const { return states[k].running(); }
 };
 
 // --- precondition: r.z ---
@@ -75,45 +35,6 @@ __global__ void residual_product_kernel(Shared shared, int64_t n, const T* r, co
   double sums[1] = {0};
   simt::grid_stride(n, [&](int64_t i) { sums[0] += double(r[k * n + i]) * double(z[k * n + i]); });
   reduce(shared.reduction, k, sums, [&](double (&total)[1]) { cg_after_precondition(shared.states[k], total[0]); });
-}
-
-// The rows of one level of L work = r, or (upper) of L' z = work, in place.
-template <class T, bool upper>
-__global__ void triangular_level_kernel(const CgState* states, IncompleteCholesky<T> M, int32_t first, int32_t count,
-                                        const T* r, T* work, T* z) {
-  const int64_t k = blockIdx.y;
-  if (states && !states[k].running()) return;
-  const TriangularFactor<T> L = upper ? M.upper : M.lower;
-  work += k * M.n;
-  simt::grid_stride(count, [&](int64_t index) {
-    const int64_t i = first + index;
-    const int32_t begin = L.crow[i] + upper, end = L.crow[i + 1] - !upper;
-    double sum = upper ? work[i] : r[k * M.n + M.rows[i]];
-    for (int32_t entry = begin; entry < end; ++entry) sum -= double(L.values[entry]) * double(work[L.col[entry]]);
-    const T value = static_cast<T>(sum * double(L.values[upper ? begin - 1 : end]));
-    work[i] = value;
-    if (upper) z[k * M.n + M.rows[i]] = value;
-  });
-}
-
-template <class T>
-std::vector<int32_t> host_levels(const Exec& exec, const IncompleteCholesky<T>& M) {
-  std::vector<int32_t> pointers(static_cast<size_t>(M.levels + 1));
-  simt::copy_to_host(pointers.data(), M.level_pointers, pointers.size() * sizeof(int32_t), exec.stream);
-  return pointers;
-}
-
-// `levels`: the level pointers on the host.
-template <class T>
-void launch_incomplete_cholesky(const Exec& exec, const CgState* states, const IncompleteCholesky<T>& M,
-                                const std::vector<int32_t>& levels, int64_t batch, const T* r, T* work, T* z) {
-  const auto launch = [&](auto kernel, int64_t level) {
-    const int32_t first = levels[static_cast<size_t>(level)], count = levels[static_cast<size_t>(level + 1)] - first;
-    const dim3 grid(simt::blocks_for(count, threads_per_block), static_cast<unsigned>(batch));
-    SIMT_LAUNCH(kernel, grid, threads_per_block, 0, exec.stream, states, M, first, count, r, work, z);
-  };
-  for (int64_t level = 0; level < M.levels; ++level) launch(&triangular_level_kernel<T, false>, level);
-  for (int64_t level = M.levels - 1; level >= 0; --level) launch(&triangular_level_kernel<T, true>, level);
 }
 
 // --- direction: p = z + beta p ---
@@ -286,10 +207,7 @@ class CudaSpace {
       : exec_(exec), A_(A), apply_(apply), M_(M), v_(v), host_(static_cast<size_t>(v.batch)) {
     blocks_ = std::max(1u, blocks_per_vector(exec, v.n, v.batch));
     grid_ = dim3(blocks_, static_cast<unsigned>(v.batch));
-    auto* tickets = static_cast<unsigned*>(v.workspace);
-    simt::memset_async(tickets, 0, static_cast<size_t>(v.batch) * sizeof(unsigned), exec.stream);
-    shared_ = {
-        v.states, v.history, options, {tickets, reinterpret_cast<double*>(tickets + (v.batch + 1) / 2 * 2), v.batch}};
+    shared_ = {v.states, v.history, options, make_reduction(v.workspace, v.batch, exec.stream)};
     if (const auto* diagonal = std::get_if<Diagonal<T>>(&M)) scaling_ = Scaling::diagonal, d_ = diagonal->values;
     if (std::holds_alternative<std::monostate>(M)) scaling_ = Scaling::identity;
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) levels_ = host_levels(exec, *factor);
@@ -309,7 +227,7 @@ class CudaSpace {
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     } else {
-      launch_apply(exec_, std::get<Operator<T>>(M_), v_.batch, blocks_, v_.r, v_.z, AcceptRunning{v_.states},
+      launch_apply(exec_, std::get<Operator<T>>(M_), v_.batch, blocks_, v_.r, v_.z, AcceptRunning<CgState>{v_.states},
                    ConsumeNothing{});
     }
     SIMT_LAUNCH((residual_product_kernel<T>), grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, v_.r, v_.z);
@@ -324,7 +242,7 @@ class CudaSpace {
                   v_.p);
     const Products<T> products{shared_, v_.p, v_.n, {0, 0}};
     if (A_) {
-      launch_apply(exec_, *A_, v_.batch, blocks_, v_.p, v_.q, AcceptRunning{v_.states}, products);
+      launch_apply(exec_, *A_, v_.batch, blocks_, v_.p, v_.q, AcceptRunning<CgState>{v_.states}, products);
     } else {
       apply_(false);
       SIMT_LAUNCH((products_kernel<T>), grid_, threads_per_block, 0, exec_.stream, products, v_.q);
@@ -403,9 +321,7 @@ class CudaSpace {
 
 }  // namespace
 
-int64_t cg_workspace_bytes(int64_t batch) {
-  return (batch + 2) * int64_t(sizeof(unsigned)) + 4 * (batch + most_block_sums) * int64_t(sizeof(double));
-}
+int64_t cg_workspace_bytes(int64_t batch) { return reduction_bytes(4, batch); }
 
 template <class T>
 void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
@@ -426,7 +342,7 @@ void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply,
 template <class T>
 void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T>& M, const T* r, T* work, T* z) {
   const simt::DeviceGuard guard(exec.device);
-  launch_incomplete_cholesky<T>(exec, nullptr, M, host_levels(exec, M), 1, r, work, z);
+  launch_incomplete_cholesky<CgState, T>(exec, nullptr, M, host_levels(exec, M), 1, r, work, z);
 }
 
 #define KANTOR_INSTANTIATE(T)                                                                            \

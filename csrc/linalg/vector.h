@@ -1,9 +1,12 @@
 // The vector updates and dots of the conjugate gradient family, one fused pass each, on one chunk of memory.
 // Element type T is the storage; every sum is in double (core/reduce.h). SIMD clones agree bit for bit.
 #pragma once
+#include <array>
 #include <cstdint>
 
 namespace kantor {
+
+using FourSums = std::array<double, 4>;
 
 // x . y                                                                                    reads 2 words
 template <class T>
@@ -32,6 +35,15 @@ void update_direction_scaled(int64_t n, T beta, const T* d, const T* z, T* p);
 // x += alpha p, r -= alpha q; returns r . r                                                reads 4, writes 2 words
 template <class T>
 double update_iterate(int64_t n, T alpha, const T* p, const T* q, T* x, T* r);
+
+// y += alpha p, Hy += alpha Hp, r += alpha (Hp + shift p); returns r.r, y.y, y.Hy, Hy.Hy   reads 5, writes 3 words
+template <class T>
+FourSums update_with_product(int64_t n, T alpha, T shift, const T* p, const T* Hp, T* y, T* Hy, T* r);
+
+// p = beta p - z, Hp = beta Hp - Hz (p, Hp not read when beta = 0); returns p.p, p.Hp, Hp.Hp, Hz.Hz
+//                                                                                          reads 4, writes 2 words
+template <class T>
+FourSums advance_with_product(int64_t n, T beta, const T* z, const T* Hz, T* p, T* Hp);
 
 // r = b - ax with ax in double; returns r . r before rounding to T                         reads 2, writes 1 word
 template <class T>

@@ -18,6 +18,7 @@ class _BuildInfo(TypedDict):
 
 __version__: str
 cg_state_size: int  # float64 numbers per system in the `info` of cg
+capped_state_size: int  # and in the `states` of capped_cg
 
 # --- core ---
 
@@ -54,6 +55,29 @@ def cg(
     threads: int,
 ) -> None: ...
 def cg_workspace_bytes(batch: int) -> int: ...
+def capped_cg(
+    operands: Sequence[Tensor],
+    layout: Sequence[int],  # empty: `product` stands in for the operator
+    scales: Sequence[float],
+    m_operands: Sequence[Tensor],
+    m_layout: Sequence[int],  # empty: no preconditioner, or `precondition`
+    m_scales: Sequence[float],
+    g: Tensor,  # (batch, n)
+    vectors: Sequence[Tensor],  # y, Hy, r, p, Hp, z, q, each (batch, n); q may be any tensor where it is not needed
+    states: Tensor,  # (batch, capped_state_size) float64
+    arrays: Tensor,  # (batch, 3, capacity) float64
+    workspace: Tensor,  # uint8
+    rule: int,
+    max_iterations: int,
+    check_every: int,
+    resume: bool,
+    product: Callable[[Tensor], Tensor] | None,
+    z: Tensor,  # what `product` gets
+    precondition: Callable[[], None] | None,  # z = M r
+    threads: int,
+) -> int: ...  # calls of `product`
+def capped_scan(arrays: Tensor, j: int) -> tuple[float, int]: ...  # the smallest ratio of test 4, and its index
+def capped_workspace_bytes(batch: int) -> int: ...
 def csr_check(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> dict[str, int]: ...  # struct CsrReport
 def csr_transpose(crow: Tensor, col: Tensor, t_crow: Tensor, t_col: Tensor, permutation: Tensor) -> None: ...
 def csr_asymmetry(crow: Tensor, col: Tensor, values: Tensor) -> tuple[float, int, int]: ...  # |a_ij - a_ji|, i, j

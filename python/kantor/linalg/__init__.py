@@ -3,24 +3,36 @@
 from kantor._result import SolveResult, SolveStatus
 from kantor.linalg._operator import LinearOperator, as_operator
 from kantor.linalg.callable import Callable
+from kantor.linalg.capped_cg import CappedCGResult, CappedCGStatus, capped_cg
 from kantor.linalg.cg import cg
 from kantor.linalg.csr import CSR
 from kantor.linalg.dense import Dense
 from kantor.linalg.diagonal import Diagonal
+from kantor.linalg.low_rank import LowRank
+from kantor.linalg.multishift_cg import MultishiftResult, multishift_cg
+from kantor.linalg.nystrom import NystromPreconditioner, nystrom
 from kantor.linalg.preconditioners import ic0, jacobi
 from kantor.linalg.stencil import Stencil
 
 __all__ = [
     "CSR",
     "Callable",
+    "CappedCGResult",
+    "CappedCGStatus",
     "Dense",
     "Diagonal",
     "LinearOperator",
+    "LowRank",
+    "MultishiftResult",
+    "NystromPreconditioner",
     "SolveResult",
     "SolveStatus",
     "Stencil",
     "as_operator",
+    "capped_cg",
     "cg",
     "ic0",
     "jacobi",
+    "multishift_cg",
+    "nystrom",
 ]

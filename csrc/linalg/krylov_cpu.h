@@ -1,0 +1,88 @@
+// What the conjugate gradient family (cg_cpu.cpp, capped_cg_cpu.cpp) shares on the CPU: passes over the blocks of a
+// batch of vectors with deterministic partial sums, and the preconditioner.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/reduce.h"
+#include "linalg/preconditioner.h"
+#include "linalg/vector.h"
+
+namespace kantor {
+
+// Rows that a fused pass works on at a time: 8 KiB of doubles a vector, so that they stay in the first-level cache.
+inline constexpr int64_t block_size = 1024;
+
+// Passes over `batch` vectors, cut into chunks whose sums are added in a fixed tree whatever the number of threads.
+class BlockPasses {
+ public:
+  BlockPasses(Team& team, Chunks chunks, int64_t batch, int sums) : team_(team), chunks_(chunks), batch_(batch) {
+    sums_.resize(static_cast<size_t>(sums * batch * chunks.count()));
+  }
+
+  Team& team() { return team_; }
+  const Chunks& chunks() const { return chunks_; }
+
+  // Partial sum number `which` of system k.
+  double& sum(int which, int64_t k, int64_t chunk) {
+    return sums_[static_cast<size_t>((which * batch_ + k) * chunks_.count() + chunk)];
+  }
+  double total(int which, int64_t k) { return tree_sum(&sum(which, k, 0), chunks_.count()); }
+  void clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
+
+  // body(chunks, systems, workers) on every thread: a share of the chunks of all systems (the operator's data is then
+  // read once for the batch), or all chunks of a share of the systems when there are few chunks.
+  template <class Body>
+  void split(Body&& body) {
+    team_.pass([&](int worker, int workers) {
+      if (batch_ >= workers && chunks_.count() < 4 * workers)
+        body(Range{0, chunks_.count()}, share(batch_, worker, workers), workers);
+      else
+        body(share(chunks_.count(), worker, workers), Range{0, batch_}, workers);
+    });
+  }
+
+  // body(k, chunk, rows) for every block of rows of every system that `active` selects. Clears the sums first.
+  template <class Active, class Body>
+  void each_block(Active&& active, Body&& body) {
+    clear_sums();
+    split([&](Range chunks, Range systems, int) {
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        const Range rows = chunks_.range(chunk);
+        for (int64_t begin = rows.begin; begin < rows.end; begin += block_size)
+          for (int64_t k = systems.begin; k < systems.end; ++k)
+            if (active(k)) body(k, chunk, Range{begin, std::min(begin + block_size, rows.end)});
+      }
+    });
+  }
+
+  // z = M r for the systems that `active` selects, then consume(k, chunk, rows) for every block of z. `work` is scratch
+  // of the size of r; M is not monostate.
+  template <class T, class Active, class Consume>
+  void precondition(const Preconditioner<T>& M, int64_t n, const T* r, T* work, T* z, Active&& active,
+                    Consume&& consume) {
+    if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) {
+      for (int64_t k = 0; k < batch_; ++k)
+        if (active(k)) solve_incomplete_cholesky_cpu(team_, *factor, r + k * n, work + k * n, z + k * n);
+    } else if (const auto* callback = std::get_if<Callback>(&M)) {
+      (*callback)();
+    }
+    const auto* A = std::get_if<Operator<T>>(&M);
+    const auto* D = std::get_if<Diagonal<T>>(&M);
+    each_block(active, [&](int64_t k, int64_t chunk, Range rows) {
+      const int64_t at = k * n + rows.begin;
+      if (A) apply_rows(*A, r + k * n, z + at, rows);
+      if (D) update_direction_scaled(rows.size(), T(0), D->values + rows.begin, r + at, z + at);
+      consume(k, chunk, rows);
+    });
+  }
+
+ private:
+  Team& team_;
+  Chunks chunks_;
+  int64_t batch_;
+  std::vector<double> sums_;
+};
+
+}  // namespace kantor
