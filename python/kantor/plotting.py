@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -119,6 +120,68 @@ def plot_convergence(
     ax.set_yscale("log")
     ax.set_xlabel("iteration")
     ax.set_ylabel("residual norm")
+    ax.grid(visible=True, which="major", color="0.5", alpha=0.25, linewidth=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_minimization(
+    history: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    tolerance: float | None = None,
+    against: str = "work",
+) -> Axes:
+    """Draw how a minimisation went: gradient norm, and value above the smallest one seen (dashed), on a log scale.
+
+    Parameters
+    ----------
+    history : mapping
+        ``OptimizeResult.history``; of a batch the first problem is drawn.
+    ax : Axes, optional
+        Where to draw.
+    label : str, optional
+        Name at the end of the curve.
+    tolerance : float, optional
+        Drawn as a horizontal line.
+    against : "work", "seconds" or "points"
+        The horizontal axis; work counts gradient equivalents: evaluations, and two for a Hessian-vector product.
+
+    Raises
+    ------
+    ValueError
+        Another word for `against`.
+    """
+    axes = {
+        "work": ("gradient equivalents", history["n_grad"] + 2 * history["n_hvp"]),
+        "seconds": ("seconds", history["seconds"]),
+        "points": ("points", np.arange(history["seconds"].shape[-1])),
+    }
+    if against not in axes:
+        raise ValueError(f"plot_minimization: against: expected 'work', 'seconds' or 'points', got {against!r}")
+    name, horizontal = axes[against]
+    ax = new_axes() if ax is None else ax
+    norms, values = (np.atleast_2d(history[key])[0] for key in ("grad_norm", "fun"))
+    above = values - values.min(initial=np.inf)
+    positive = (np.where(np.isfinite(v) & (v > 0), v, np.nan) for v in (norms, above))
+    (line,) = ax.plot(horizontal, next(positive), linewidth=1.8)
+    ax.plot(horizontal, next(positive), linewidth=1.0, linestyle="--", color=line.get_color(), alpha=0.7)
+    if label is not None and len(norms):
+        ax.annotate(
+            label,
+            xy=(horizontal[-1], max(norms[-1], 1e-300)),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=line.get_color(),
+            annotation_clip=False,
+        )
+    if tolerance is not None and tolerance > 0:
+        ax.axhline(tolerance, color="0.5", linewidth=1.0, linestyle=":")
+    ax.set_yscale("log")
+    ax.set_xlabel(name)
+    ax.set_ylabel("gradient norm (dashed: value above the smallest)")
     ax.grid(visible=True, which="major", color="0.5", alpha=0.25, linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

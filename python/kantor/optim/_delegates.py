@@ -1,0 +1,151 @@
+"""Minimisers that other libraries do well, behind the same door: SciPy's Newton methods and torch's L-BFGS."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kantor.optim._newton_system import norm
+from kantor.optim._objective import Objective, Point
+from kantor.optim._recorder import Callback, Interrupted, Limits, Recorder
+from kantor.optim._result import OptimizeResult, OptimizeStatus
+
+DELEGATED = ("trust-krylov", "trust-ncg", "newton-cg", "lbfgs")
+
+
+class _Shared:
+    """The function as a library sees it: everything at one point is computed once, and the best point is kept."""
+
+    def __init__(self, objective: Objective, recorder: Recorder, tol: float) -> None:
+        self.objective, self.recorder, self.tol = objective, recorder, tol
+        self.point = self.best = objective.evaluate(objective.start)
+        if not np.isfinite(self.point.f):
+            raise ValueError(f"{objective.name}: fun: expected a finite value at x0, got {self.point.f}")
+        self._accepted: Tensor | None = None
+        self._linearised: tuple[Point, Any] | None = None
+
+    def at(self, x: Tensor) -> Point:
+        """The point x; a repeated one costs nothing."""
+        if not torch.equal(x, self.point.x):
+            self.point = self.objective.evaluate(x.clone())
+        return self.point
+
+    def accept(self, x: Tensor) -> None:
+        """The library stands at x: if it moved, record it; stop where the gradient is small enough, or at a limit."""
+        if self._accepted is not None and torch.equal(x, self._accepted):
+            return
+        point = self.at(x)
+        self._accepted = point.x
+        G = norm(self.objective.gradient(point))
+        if point.f <= self.best.f or self.tol >= G:
+            self.best = point
+        self.recorder.record(point.x, point.f, G)
+        if self.tol >= G:
+            raise Interrupted(OptimizeStatus.CONVERGED)
+        self.recorder.check_limits(self.recorder.iterations)
+
+    def product(self, x: Tensor, v: Tensor) -> Tensor:
+        """Hessian times v at x."""
+        if self.objective.n_hvp >= self.recorder.limits.max_hvp:
+            raise Interrupted(OptimizeStatus.MAX_HVP)
+        if self._linearised is None or not torch.equal(x, self._linearised[0].x):
+            point = self.at(x)
+            self.objective.gradient(point)
+            self._linearised = point, self.objective.hessian(point)
+            self.recorder.n_points += 1
+        product: Tensor = self._linearised[1](v)
+        return product
+
+
+def minimize_delegated(
+    objective: Objective,
+    method: str,
+    *,
+    tol: float,
+    limits: Limits,
+    callback: Callback | None = None,
+    progress: bool = False,
+    interrupt: Literal["raise", "return"] = "raise",
+    options: dict[str, Any] | None = None,
+) -> OptimizeResult:
+    """Run SciPy's or torch's minimiser on an objective, counted and stopped as Kantor's own are.
+
+    ``tol`` bounds the Euclidean norm of the gradient whatever the library's own test is; `options` are the library's.
+    """
+    recorder = Recorder(objective, method, tol, limits, callback)
+    shared = _Shared(objective, recorder, tol)
+    details = ""
+    try:
+        with recorder.watching(progress, interrupt):
+            shared.accept(objective.start)
+            run = _lbfgs if method == "lbfgs" else _scipy
+            details = run(shared, method, dict(options or {}))
+        status = OptimizeStatus.FAILED
+    except Interrupted as over:
+        status = over.status
+    best = shared.best
+    g = objective.gradient(best)
+    G = norm(g)
+    if status is OptimizeStatus.FAILED and tol >= G:
+        status, details = OptimizeStatus.CONVERGED, ""
+    return recorder.result(best.x, best.f, g, G, status, recorder.iterations, {}, details=details)
+
+
+def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
+    try:
+        from scipy.optimize import minimize
+    except ImportError as error:
+        raise ImportError(f'minimize: method={method!r} needs SciPy: pip install "kantor[cli]"') from error
+    objective, limits = shared.objective, shared.recorder.limits
+
+    def vector(x: Any) -> Tensor:
+        return torch.as_tensor(x).to(objective.device, objective.dtype)
+
+    def array(x: Tensor) -> Any:
+        return x.detach().cpu().numpy().astype(np.float64)
+
+    def callback(intermediate_result: Any) -> None:  # the name tells SciPy what to pass
+        shared.accept(vector(intermediate_result.x))
+
+    own = {"gtol": shared.tol} if method.startswith("trust") else {"xtol": 1e-300}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # SciPy's own, on its line search
+        answer: Any = minimize(  # type: ignore[call-overload]
+            lambda x: shared.at(vector(x)).f,
+            array(objective.start),
+            jac=lambda x: array(objective.gradient(shared.at(vector(x)))),
+            hessp=lambda x, v: array(shared.product(vector(x), vector(v))),
+            method=method,
+            callback=callback,
+            options={"maxiter": limits.max_iter, **own, **options},
+        )
+    x = vector(answer.x)
+    if shared.at(x).f <= shared.best.f:
+        shared.best = shared.at(x)
+    return str(answer.message)
+
+
+def _lbfgs(shared: _Shared, method: str, options: dict[str, Any]) -> str:
+    x = shared.objective.start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=1, tolerance_grad=0.0, tolerance_change=0.0,
+        **{"line_search_fn": "strong_wolfe", "history_size": 10, **options},
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        point = shared.at(x.detach())
+        x.grad = shared.objective.gradient(point).clone()
+        return torch.tensor(point.f, dtype=x.dtype, device=x.device)
+
+    while True:
+        before = x.detach().clone()
+        optimizer.step(closure)
+        if torch.equal(before, x.detach()):
+            return "the line search made no step"
+        if not bool(torch.isfinite(x).all()):
+            return "the line search left the finite numbers"
+        shared.accept(x.detach())

@@ -1,0 +1,138 @@
+"""The linear systems of a Newton method: capped conjugate gradients with reused vectors and a preconditioner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kantor.linalg import Callable as CallableOperator
+from kantor.linalg import LinearOperator, NystromPreconditioner, as_operator, nystrom
+from kantor.linalg.capped_cg import CappedSolver, Rule
+
+if TYPE_CHECKING:
+    from kantor.optim.arncg import Direction, Options, Solve
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Inner product, accumulated in double."""
+    return float(torch.dot(a, b) if a.dtype is torch.float64 else torch.dot(a.double(), b.double()))
+
+
+def norm(a: Tensor) -> float:
+    """Euclidean norm, accumulated in double."""
+    return math.sqrt(dot(a, a))
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the rows, on the CPU."""
+    return (a.double() * b.double()).sum(-1).cpu()
+
+
+def row_norms(a: Tensor) -> Tensor:
+    """Norms of the rows, on the CPU."""
+    return row_dots(a, a).sqrt()
+
+
+class Solver:
+    """Solves systems of one size; ``d`` holds the last directions until the next solve."""
+
+    def __init__(self, like: Tensor, o: Options) -> None:
+        self._capped = CappedSolver(like)
+        self._rule: Rule = o.rule
+        self._atol = o.atol
+        self._like = like
+        self._random: Tensor | None = None
+
+    @property
+    def d(self) -> Tensor:
+        """The directions, shaped like the gradient."""
+        return self._capped.d
+
+    def solve(
+        self, hessian: Callable[[Tensor], Tensor], g: Tensor, request: Solve, budget: float, M_inv: Any
+    ) -> Direction:
+        """One system; at most `budget` products."""
+        self._run(
+            hessian, self._probe() if request.probe else g, request.damping, request.rtol, request.probe, budget, M_inv
+        )
+        outcome, d = self._capped.outcome(), self._capped.d
+        return _direction(outcome.status, norm(d), dot(g, d), outcome.curvature)
+
+    def solve_batch(
+        self, hessian: Callable[[Tensor], Tensor], g: Tensor, requests: list[Solve | None], budget: float
+    ) -> list[Direction]:
+        """One system for each problem; those without a request are left out by a zero right-hand side."""
+        asking = torch.tensor([request is not None for request in requests], device=g.device).unsqueeze(-1)
+        probing = torch.tensor([request is not None and request.probe for request in requests], device=g.device)
+        right = torch.where(probing.unsqueeze(-1), self._probe(), g) if bool(probing.any()) else g
+        damping = np.array([1.0 if request is None else request.damping for request in requests])
+        rtol = np.array([0.5 if request is None else request.rtol for request in requests])
+        self._run(
+            hessian, torch.where(asking, right, torch.zeros_like(g)), damping, rtol, bool(probing.any()), budget, None
+        )
+        norms, slopes = row_norms(self.d).tolist(), row_dots(g, self.d).tolist()
+        outcomes = [self._capped.outcome(k) for k in range(len(requests))]
+        return [
+            _direction(outcome.status, length, slope, outcome.curvature)
+            for outcome, length, slope in zip(outcomes, norms, slopes, strict=True)
+        ]
+
+    def _run(
+        self, hessian: Any, right: Tensor, damping: Any, rtol: Any, tight: bool, budget: float, M_inv: Any
+    ) -> None:
+        limit = 2 * self._like.shape[-1] + 2
+        self._capped.solve(
+            hessian, right, damping, rtol, rule="residual" if tight else self._rule,
+            atol=math.inf if tight else self._atol, max_iter=int(max(0, min(limit, budget - 1))), M_inv=M_inv,
+        )  # fmt: skip
+
+    def _probe(self) -> Tensor:
+        """Random vectors of norm one, the same in every run."""
+        if self._random is None:
+            generator = torch.Generator().manual_seed(0)
+            v = torch.randn(self._like.shape, dtype=self._like.dtype, generator=generator).to(self._like.device)
+            self._random = v / v.norm(dim=-1, keepdim=True)
+        return self._random
+
+
+def _direction(status: str, length: float, slope: float, curvature: float) -> Direction:
+    from kantor.optim.arncg import Direction
+
+    return Direction(status, length, slope, curvature)
+
+
+class Sketch:
+    """The preconditioner of a run: none, a Nyström sketch renewed every 20 points, or the user's at every point."""
+
+    RANK, RENEW = 60, 20
+
+    def __init__(self, choice: Any) -> None:
+        if not (choice is None or choice == "nystrom" or callable(choice)):
+            raise ValueError(f"minimize: preconditioner: expected None, 'nystrom' or a callable, got {choice!r}")
+        self._choice = choice
+        self._x: Tensor | None = None
+        self._age = self.RENEW
+        self._operator: Any = None
+
+    def at(
+        self, x: Tensor, hessian: Callable[[Tensor], Tensor], damping: Any, shown: Any = None
+    ) -> LinearOperator | None:
+        """The preconditioner for systems at x, which the user's function sees as `shown`."""
+        if self._choice is None:
+            return None
+        if x is not self._x:
+            self._x = x
+            self._age += 1
+            if self._choice != "nystrom":
+                self._operator = as_operator(self._choice(x if shown is None else shown), like=x)
+            elif self._age >= self.RENEW:
+                self._age = 0
+                H = CallableOperator(hessian, x.numel(), dtype=x.dtype, device=x.device)
+                self._operator = nystrom(H, min(self.RANK, x.numel()))
+        made: LinearOperator = self._operator
+        return made.with_damping(damping) if isinstance(made, NystromPreconditioner) else made
