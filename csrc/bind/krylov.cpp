@@ -151,7 +151,7 @@ class PythonProduct {
 int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
                        const Layout& m_layout, const Scales& m_scales, const Tensor& g, const Operands& vectors,
                        const Tensor& states, const Tensor& arrays, const Tensor& workspace, int rule,
-                       int64_t max_iterations, int64_t check_every, bool resume, const py::object& product,
+                       int64_t check_every, bool resume, const py::object& product,
                        const py::object& z, const py::object& precondition, int threads) {
   require(g.ndim == 2 && vectors.size() == 7, "capped_cg: g must be (batch, n), vectors must be y, Hy, r, p, Hp, z, q");
   const OperatorArgs h_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
@@ -172,7 +172,7 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
     require(layout.empty() || (H.rows == v.n && H.cols == v.n), "capped_cg: the operator's shape does not match g");
     Preconditioner<T> M = read_preconditioner<T>(m_args, g);
     if (!precondition.is_none()) M = precondition_callback;
-    const CappedOptions options{static_cast<CappedRule>(rule), max_iterations,
+    const CappedOptions options{static_cast<CappedRule>(rule),
                                 v.batch ? arrays.size() / (3 * v.batch) : 0,
                                 !std::holds_alternative<std::monostate>(M)};
     const Exec exec = exec_for(g, threads);

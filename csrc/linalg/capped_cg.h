@@ -38,7 +38,6 @@ enum class CappedRule : int32_t {
 
 struct CappedOptions {
   CappedRule rule;
-  int64_t max_iterations;
   int64_t capacity;  // of the arrays of test 4; beyond it the test is off
   bool preconditioned;
 };
@@ -46,7 +45,8 @@ struct CappedOptions {
 // One system's scalars, all doubles: the array is (batch, capped_state_size) float64. The first ones are read and
 // written by Python.
 struct CappedState {
-  double damping, rtol, atol, h_norm, log_T_shift;  // settings: eps, zeta, bound on |r|, estimate of |H|, for tests
+  // Settings: eps, zeta, bound on |r|, limit of iterations, estimate of |H|; the last one is for tests of test 4.
+  double damping, rtol, atol, limit, h_norm, log_T_shift;
   double status, iterations, products, residual_norm, curvature, along_p, suspect_index, test4_off;
   double gg, rr, rz, zz, yy, y_Hy, pp, p_Hp, alpha, beta;
 
@@ -58,6 +58,10 @@ struct CappedState {
     curvature = d_Hd / dd;
     along_p = along;
     finish(CappedStatus::negative_curvature);
+  }
+  KANTOR_HD void finish_at_limit() {
+    curvature = yy > 0 ? y_Hy / yy : 0;
+    finish(CappedStatus::max_iterations);
   }
 };
 inline constexpr int64_t capped_state_size = sizeof(CappedState) / sizeof(double);
@@ -136,7 +140,8 @@ KANTOR_HD void capped_after_update(CappedState& s, const CappedOptions& options,
   s.residual_norm = std::sqrt(rr);
   if (!std::isfinite(rr) || !std::isfinite(y_Hy)) return s.finish(CappedStatus::breakdown);
   if (yy > 0) s.h_norm = std::fmax(s.h_norm, std::sqrt(Hy_Hy / yy));
-  if (options.rule != CappedRule::residual || rr == 0) capped_test_iterate(s, options.rule);
+  if (options.rule == CappedRule::residual && rr > 0) return;
+  if (!capped_test_iterate(s, options.rule) && s.iterations >= s.limit) s.finish_at_limit();
 }
 
 // ln of sqrt(T) tau^(j/2), the fastest that |r| / |g| can stay above when Hb has no curvature below eps.
@@ -172,10 +177,7 @@ KANTOR_HD void capped_after_direction(CappedState& s, const CappedOptions& optio
       return s.finish(CappedStatus::suspect);
     }
   }
-  if (j >= options.max_iterations) {
-    s.curvature = s.yy > 0 ? s.y_Hy / s.yy : 0;
-    s.finish(CappedStatus::max_iterations);
-  }
+  if (s.iterations >= s.limit) s.finish_at_limit();
 }
 
 template <class Space>
@@ -210,7 +212,7 @@ struct CappedVectors {
   void* workspace;      // CUDA only: capped_workspace_bytes(batch) of device memory
   int64_t check_every;  // iterations between two looks at the device
 
-  CappedArrays arrays_of(int64_t k, int64_t capacity) const {
+  KANTOR_HD CappedArrays arrays_of(int64_t k, int64_t capacity) const {
     double* first = arrays + 3 * k * capacity;
     return {first, first + capacity, first + 2 * capacity};
   }

@@ -68,7 +68,6 @@ def capped_cg(
     arrays: Tensor,  # (batch, 3, capacity) float64
     workspace: Tensor,  # uint8
     rule: int,
-    max_iterations: int,
     check_every: int,
     resume: bool,
     product: Callable[[Tensor], Tensor] | None,

@@ -32,8 +32,8 @@ RULES = ("residual", "step", "truncated")
 _NONE = Encoded([], [], [])
 
 # Columns of the states: struct CappedState in csrc/linalg/capped_cg.h.
-_DAMPING, _RTOL, _ATOL, _HNORM, _LOG_T_SHIFT = range(5)
-_STATUS, _ITERATIONS, _PRODUCTS, _RESIDUAL_NORM, _CURVATURE, _ALONG_P, _SUSPECT, _TEST4_OFF = range(5, 13)
+_DAMPING, _RTOL, _ATOL, _LIMIT, _HNORM, _LOG_T_SHIFT = range(6)
+_STATUS, _ITERATIONS, _PRODUCTS, _RESIDUAL_NORM, _CURVATURE, _ALONG_P, _SUSPECT, _TEST4_OFF = range(6, 14)
 _RUNNING, _NC, _TERM, _INTERRUPTED, _IS_SUSPECT = 0, 2, 3, 5, 6
 
 
@@ -165,7 +165,7 @@ class CappedSolver:
         rule: Rule = "residual",
         atol: Any = math.inf,
         hnorm: Any = 0.0,
-        max_iter: int | None = None,
+        max_iter: Any = None,
         M_inv: LinearOperator | None = None,
         check_every: int | None = None,
     ) -> None:
@@ -177,7 +177,8 @@ class CappedSolver:
         table = self._table
         table[:, _DAMPING], table[:, _RTOL], table[:, _ATOL], table[:, _HNORM] = damping, rtol, atol, hnorm
         table[:, _LOG_T_SHIFT] = self.log_T_shift
-        limit = 2 * self._n if max_iter is None else max_iter
+        table[:, _LIMIT] = 2 * self._n if max_iter is None else max_iter
+        limit = int(table[:, _LIMIT].max())
         on_cuda = self._r.is_cuda
         every = check_every or (8 if on_cuda else 1)
         native = backend()
@@ -209,7 +210,7 @@ class CappedSolver:
         while True:
             calls += native.capped_cg(
                 *(encoded or _NONE), *M, g.reshape(self._r.shape), vectors, states, arrays, self._workspace,
-                RULES.index(rule), limit, every, resume, None if encoded else H,
+                RULES.index(rule), every, resume, None if encoded else H,
                 z.view(self.shape) if M_inv is not None else self._view, precondition, torch.get_num_threads(),
             )  # fmt: skip
             if on_cuda:
@@ -217,7 +218,7 @@ class CappedSolver:
             if (table[:, _STATUS] == _INTERRUPTED).any():
                 raise KeyboardInterrupt
             suspects = np.flatnonzero(table[:, _STATUS] == _IS_SUSPECT)
-            if not (len(suspects) and self._settle(suspects, H, g, arrays.view(self._batch, 3, -1), limit)):
+            if not (len(suspects) and self._settle(suspects, H, g, arrays.view(self._batch, 3, -1))):
                 break
             resume = True
             if on_cuda:
@@ -236,7 +237,7 @@ class CappedSolver:
         status = _STATUSES[int(row[_STATUS])]
         return Outcome(status.value, int(row[_ITERATIONS]), row[_RESIDUAL_NORM], row[_CURVATURE], row[_HNORM])
 
-    def _settle(self, suspects: Any, H: Any, g: Tensor, arrays: Tensor, limit: int) -> bool:
+    def _settle(self, suspects: Any, H: Any, g: Tensor, arrays: Tensor) -> bool:
         """Test 4's branch: rebuild y_i and look at y+ - y_i, which is accepted only if it is what the scan said.
 
         Returns whether a system runs on. O(n) memory; i + 1 products.
@@ -260,7 +261,7 @@ class CappedSolver:
             if curvature < -damping:
                 self._p[k] = d
                 table[k, _STATUS], table[k, _ALONG_P], table[k, _CURVATURE] = _NC, 1, curvature
-            elif j >= limit:
+            elif j >= table[k, _LIMIT]:
                 table[k, _STATUS] = _TERM
             else:  # rounding: the residual is large, but no direction says why
                 table[k, _STATUS], table[k, _TEST4_OFF] = _RUNNING, 1

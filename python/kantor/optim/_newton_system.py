@@ -57,11 +57,11 @@ class Solver:
         self, hessian: Callable[[Tensor], Tensor], g: Tensor, request: Solve, budget: float, M_inv: Any
     ) -> Direction:
         """One system; at most `budget` products."""
-        self._run(
-            hessian, self._probe() if request.probe else g, request.damping, request.rtol, request.probe, budget, M_inv
-        )
+        right = self._probe() if request.probe else g
+        limit = self._limit(request.limit, budget)
+        self._run(hessian, right, request.damping, request.rtol, limit, request.probe, M_inv)
         outcome, d = self._capped.outcome(), self._capped.d
-        return _direction(outcome.status, norm(d), dot(g, d), outcome.curvature)
+        return _direction(outcome.status, norm(d), dot(g, d), outcome.curvature, M_inv is not None)
 
     def solve_batch(
         self, hessian: Callable[[Tensor], Tensor], g: Tensor, requests: list[Solve | None], budget: float
@@ -72,9 +72,9 @@ class Solver:
         right = torch.where(probing.unsqueeze(-1), self._probe(), g) if bool(probing.any()) else g
         damping = np.array([1.0 if request is None else request.damping for request in requests])
         rtol = np.array([0.5 if request is None else request.rtol for request in requests])
-        self._run(
-            hessian, torch.where(asking, right, torch.zeros_like(g)), damping, rtol, bool(probing.any()), budget, None
-        )
+        limits = np.array([0 if request is None else self._limit(request.limit, budget) for request in requests])
+        right = torch.where(asking, right, torch.zeros_like(g))
+        self._run(hessian, right, damping, rtol, limits, bool(probing.any()), None)
         norms, slopes = row_norms(self.d).tolist(), row_dots(g, self.d).tolist()
         outcomes = [self._capped.outcome(k) for k in range(len(requests))]
         return [
@@ -82,14 +82,14 @@ class Solver:
             for outcome, length, slope in zip(outcomes, norms, slopes, strict=True)
         ]
 
-    def _run(
-        self, hessian: Any, right: Tensor, damping: Any, rtol: Any, tight: bool, budget: float, M_inv: Any
-    ) -> None:
-        limit = 2 * self._like.shape[-1] + 2
+    def _run(self, hessian: Any, right: Tensor, damping: Any, rtol: Any, limit: Any, tight: bool, M_inv: Any) -> None:
         self._capped.solve(
             hessian, right, damping, rtol, rule="residual" if tight else self._rule,
-            atol=math.inf if tight else self._atol, max_iter=int(max(0, min(limit, budget - 1))), M_inv=M_inv,
+            atol=math.inf if tight else self._atol, max_iter=limit, M_inv=M_inv,
         )  # fmt: skip
+
+    def _limit(self, asked: float, budget: float) -> int:
+        return int(max(0, min(2 * self._like.shape[-1] + 2, asked, budget - 1)))
 
     def _probe(self) -> Tensor:
         """Random vectors of norm one, the same in every run."""
@@ -100,24 +100,35 @@ class Solver:
         return self._random
 
 
-def _direction(status: str, length: float, slope: float, curvature: float) -> Direction:
+def _direction(status: str, length: float, slope: float, curvature: float, preconditioned: bool = False) -> Direction:
     from kantor.optim.arncg import Direction
 
-    return Direction(status, length, slope, curvature)
+    return Direction(status, length, slope, curvature, preconditioned)
 
 
 class Sketch:
-    """The preconditioner of a run: none, a Nyström sketch renewed every 20 points, or the user's at every point."""
+    """The preconditioner of a run: none, a Nyström sketch renewed every 20 points, or the user's at every point.
 
-    RANK, RENEW = 60, 20
+    The choice "auto" begins to sketch when the systems at 20 points took more than 30 products each.
+    """
+
+    RANK, RENEW, HARD = 60, 20, 600
 
     def __init__(self, choice: Any) -> None:
-        if not (choice is None or choice == "nystrom" or callable(choice)):
-            raise ValueError(f"minimize: preconditioner: expected None, 'nystrom' or a callable, got {choice!r}")
+        if not (choice in (None, "auto", "nystrom") or callable(choice)):
+            raise ValueError(
+                f"minimize: preconditioner: expected None, 'auto', 'nystrom' or a callable, got {choice!r}"
+            )
         self._choice = choice
         self._x: Tensor | None = None
         self._age = self.RENEW
-        self._operator: Any = None
+        self._operator: LinearOperator | None = None
+        self._products: list[int] = []  # counts at the last points
+
+    def note(self, products: int) -> None:
+        """How many products the run has taken by now."""
+        if self._products:
+            self._products[-1] = products
 
     def at(
         self, x: Tensor, hessian: Callable[[Tensor], Tensor], damping: Any, shown: Any = None
@@ -128,11 +139,19 @@ class Sketch:
         if x is not self._x:
             self._x = x
             self._age += 1
-            if self._choice != "nystrom":
+            self._products = [*self._products[-self.RENEW :], self._products[-1] if self._products else 0]
+            if callable(self._choice):
                 self._operator = as_operator(self._choice(x if shown is None else shown), like=x)
-            elif self._age >= self.RENEW:
+            elif self._age >= self.RENEW and (self._choice == "nystrom" or self._is_hard(x.numel())):
                 self._age = 0
                 H = CallableOperator(hessian, x.numel(), dtype=x.dtype, device=x.device)
                 self._operator = nystrom(H, min(self.RANK, x.numel()))
-        made: LinearOperator = self._operator
+        made = self._operator
         return made.with_damping(damping) if isinstance(made, NystromPreconditioner) else made
+
+    def _is_hard(self, n: int) -> bool:
+        if self._operator is not None:
+            return True
+        if n < 4 * self.RANK or len(self._products) <= self.RENEW:
+            return False
+        return self._products[-2] - self._products[0] > self.HARD

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,6 +49,8 @@ class Options:
     tau_plus: float = 1.0
     M0: float = 1.0
     curvature_tol: float | None = None
+    adaptation: Literal["decrease", "model"] = "decrease"
+    inner: float = math.inf
 
     def __post_init__(self) -> None:
         """Raise ValueError for a parameter out of range."""
@@ -67,6 +69,8 @@ class Options:
             "tau_minus": (self.tau_minus > 0, "> 0"),
             "tau_plus": (self.tau_plus > 0, "> 0"),
             "M0": (0 < self.M0 < math.inf, "> 0"),
+            "adaptation": (self.adaptation in ("decrease", "model"), "'decrease' or 'model'"),
+            "inner": (self.inner >= 1, ">= 1"),
             "curvature_tol": (self.curvature_tol is None or 0 < self.curvature_tol < math.inf, "> 0"),
         }
         for name, (fine, expected) in ranges.items():
@@ -76,7 +80,7 @@ class Options:
 
 # Few Hessian-vector products; the paper's guarantees at the least cost; the authors' settings.
 PRESETS = {
-    "economy": Options(theta=0.5),
+    "economy": Options(theta=0.5, adaptation="model", inner=20),
     "guarantee": Options(rule="step", eta=0.5, fast_reject=False),
     "paper": Options(rule="residual", eta=0.01, atol=0.01, fast_reject=False),
 }
@@ -86,6 +90,9 @@ def options(preset: str, **changes: Any) -> Options:
     """Return a preset with the given parameters changed; None leaves one as it is."""
     if preset not in PRESETS:
         raise ValueError(f"minimize: preset: expected one of {', '.join(map(repr, PRESETS))}, got {preset!r}")
+    known = {field.name for field in fields(Options)}
+    if unknown := [name for name in changes if name not in known]:
+        raise TypeError(f"minimize: unexpected option {', '.join(unknown)}; the method has {', '.join(sorted(known))}")
     return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
 
 
@@ -98,6 +105,7 @@ class State:
     E: float = math.inf  # smallest gradient norm so far
     E_prev: float = math.inf  # and before the last step
     omega: float = math.nan
+    limit: float = math.inf  # of iterations in one system
 
 
 # --- what the algorithm asks for, and what it gets ---
@@ -108,6 +116,7 @@ class Solve(NamedTuple):
 
     damping: float
     rtol: float
+    limit: float = math.inf  # of iterations
     probe: bool = False  # a random unit vector takes the place of g
 
 
@@ -118,6 +127,7 @@ class Direction(NamedTuple):
     norm: float  # |d|
     slope: float  # g'd
     curvature: float  # d'Hd / d'd
+    preconditioned: bool = False
 
 
 class Try(NamedTuple):
@@ -146,6 +156,7 @@ def arncg(f: float, G: float, s: State, o: Options, dtype: torch.dtype = torch.f
     roundoff = torch.finfo(dtype).eps / 2
     if math.isnan(s.G_prev):
         s.G_prev = s.E = s.E_prev = G
+        s.limit = o.inner
     f_start, unchanged = f, 0
     while True:
         if f < -1e20 * max(1.0, abs(f_start)):
@@ -168,7 +179,7 @@ def arncg(f: float, G: float, s: State, o: Options, dtype: torch.dtype = torch.f
                     return OptimizeStatus.CONVERGED
             else:
                 damping = max(math.sqrt(s.M) * omega, 1e-150)
-                d = yield Solve(damping, min(o.eta, damping))
+                d = yield Solve(damping, min(o.eta, damping), s.limit)
             if d.status == "BREAKDOWN":
                 return OptimizeStatus.NON_FINITE
             if d.norm < 2e-16 and 1e2 * o.tol < G:
@@ -186,7 +197,8 @@ def arncg(f: float, G: float, s: State, o: Options, dtype: torch.dtype = torch.f
                 omega = omega_f  # the gradient grew: this was too little regularisation
                 continue
             break
-        _adapt(f, d, found, omega, omega_f, s, o)
+        adapt = _adapt_to_model if o.adaptation == "model" else _adapt
+        adapt(f, d, found, omega, omega_f, s, o)
         yield Move()
         unchanged = unchanged + 1 if (found.f, found.G) == (f, G) else 0
         s.G_prev, s.E_prev, s.E = G, s.E, min(s.E, found.G)
@@ -270,6 +282,31 @@ def _adapt(f: float, d: Direction, found: Found, omega: float, omega_f: float, s
         s.M = min(s.M * o.gamma, 1e40)
 
 
+def _adapt_to_model(f: float, d: Direction, found: Found, omega: float, omega_f: float, s: State, o: Options) -> None:
+    """For economy, not for the bounds: M follows how well the quadratic model predicted a full step.
+
+    So does the effort put into a system: where its solution was cut short and the model still held, more of it is
+    worth having.
+    """
+    if d.status == "NC" or found.fraction != 1.0:
+        return _adapt(f, d, found, omega, omega_f, s, o)
+    predicted = -d.slope - 0.5 * d.curvature * d.norm**2
+    if predicted <= 1e-13 * abs(f):  # nothing can be told from rounding errors
+        return None
+    ratio = (f - found.f) / predicted
+    if ratio > 0.75:
+        s.M = max(s.M / 2, 1e-40)
+    elif ratio < 0.5:
+        s.M = min(s.M * 2, 1e40)
+    if d.preconditioned:
+        s.limit = o.inner  # the directions that a sketch leaves over are not worth more
+    elif d.status == "TERM" and ratio > 0.9:
+        s.limit *= 2
+    elif ratio < 0.75:
+        s.limit = max(s.limit / 2, o.inner)
+    return None
+
+
 # --- one problem ---
 
 
@@ -278,7 +315,7 @@ def drive(
     o: Options,
     limits: Limits,
     *,
-    preconditioner: Any = None,
+    preconditioner: Any = "auto",
     state: State | None = None,
     callback: Callback | None = None,
     progress: bool = False,
@@ -294,6 +331,8 @@ def drive(
         raise ValueError(f"{objective.name}: expected a finite gradient at x0, got norm {G}")
     s = State(o.M0) if state is None else state
     recorder = Recorder(objective, "arncg", o.tol, limits, callback, ("M", "omega"))
+    if preconditioner == "auto" and o.adaptation != "model":
+        preconditioner = None  # the other presets do as published
     solver, sketch = Solver(objective.start, o), Sketch(preconditioner)
     algorithm = arncg(point.f, G, s, o, objective.dtype)
     tried, answer, n_iter = point, None, 0
@@ -317,7 +356,8 @@ def drive(
                         recorder.n_points += 1
                     M_inv = sketch.at(point.x, hessian, request.damping, objective.restore(point.x))
                     answer = solver.solve(hessian, point.g, request, limits.max_hvp - objective.n_hvp, M_inv)
-                    if answer.status == "TERM":
+                    sketch.note(objective.n_hvp)
+                    if answer.status == "TERM" and objective.n_hvp >= limits.max_hvp:
                         recorder.check_limits(-1)  # cut short by the limit of products
                 else:
                     point, hessian, answer = tried, None, None
@@ -331,7 +371,13 @@ def drive(
 
 
 def run(
-    objective: Objective, o: Options, limits: Limits, *, resume: Any = None, preconditioner: Any = None, **watching: Any
+    objective: Objective,
+    o: Options,
+    limits: Limits,
+    *,
+    resume: Any = None,
+    preconditioner: Any = "auto",
+    **watching: Any,
 ) -> OptimizeResult:
     """Run the algorithm on one problem or a batch of them, afresh or from the state of an earlier run."""
     from kantor.optim._batched import drive_batch
@@ -339,7 +385,7 @@ def run(
     if not objective.batched:
         state = None if resume is None else State(**resume)
         return drive(objective, o, limits, state=state, preconditioner=preconditioner, **watching)
-    if preconditioner is not None:
+    if preconditioner not in (None, "auto"):
         raise ValueError("minimize: preconditioner: not available with batched=True")
     states = None if resume is None else [State(**s) for s in resume]
     return drive_batch(objective, o, limits, states=states, **watching)

@@ -36,7 +36,7 @@ def minimize(
     policy: Literal["gradient", "min_gradient"] | None = None,
     fallback: float | None = None,
     rule: Literal["residual", "step", "truncated"] | None = None,
-    preconditioner: Any = None,
+    preconditioner: Any = "auto",
     curvature_tol: float | None = None,
     batched: bool = False,
     callback: Callback | None = None,
@@ -74,9 +74,10 @@ def minimize(
     theta, policy, fallback, rule : optional
         For ``arncg``, instead of the preset's: the exponent of the local phase, which gradient norms regularise, the
         paper's lambda, and the stopping rule of :func:`kantor.linalg.capped_cg`.
-    preconditioner : None, "nystrom" or callable
-        For ``arncg``: ``"nystrom"`` sketches the Hessian (60 products every 20 steps); a callable gets x and
-        returns an operator or function close to the inverse of the Hessian there.
+    preconditioner : "auto", None, "nystrom" or callable
+        For ``arncg``: ``"nystrom"`` sketches the Hessian (60 products every 20 steps); a callable gets x and returns an
+        operator or function close to the inverse of the Hessian there. ``"auto"`` begins to sketch, with the preset
+        "economy", where the systems at 20 points in a row took more than 30 products each.
     curvature_tol : float, optional
         For ``arncg``: at a stationary point look for curvature below minus this (capped CG from a random vector), and
         leave along it. Default: a small gradient is enough.
@@ -138,16 +139,16 @@ def minimize(
     limits = _limits(tol, max_iter, max_hvp, max_seconds)
     if interrupt not in ("raise", "return"):
         raise ValueError(f"minimize: interrupt: expected 'raise' or 'return', got {interrupt!r}")
-    own = {"theta": theta, "policy": policy, "fallback": fallback, "rule": rule, "preconditioner": preconditioner}
-    own["curvature_tol"] = curvature_tol
+    own: dict[str, Any] = {"theta": theta, "policy": policy, "fallback": fallback, "rule": rule}
+    own |= {"curvature_tol": curvature_tol, "preconditioner": None if preconditioner == "auto" else preconditioner}
     if method != "arncg":
         own |= {"resume": resume, "batched": batched or None, "preset": None if preset == "economy" else preset}
         if given := [name for name, value in own.items() if value is not None]:
             raise ValueError(f"minimize: {', '.join(given)}: for method='arncg' only, got method={method!r}")
     if method == "gns":
         result = minimize_gns(
-            fun, x0, grad=grad, hvp=hvp, tol=tol, max_iter=limits.max_iter, callback=callback, progress=progress,
-            interrupt=interrupt, **options,
+            fun, x0, grad=grad, hvp=hvp, tol=tol, max_iter=limits.max_iter, max_hvp=limits.max_hvp,
+            max_seconds=limits.max_seconds, callback=callback, progress=progress, interrupt=interrupt, **options,
         )  # fmt: skip
     elif method == "arncg":
         chosen = _arncg.options(
