@@ -181,7 +181,7 @@ def plot_minimization(
         ax.axhline(tolerance, color="0.5", linewidth=1.0, linestyle=":")
     ax.set_yscale("log")
     ax.set_xlabel(name)
-    ax.set_ylabel("gradient norm (dashed: value above the smallest)")
+    ax.set_ylabel("gradient norm; dashed: value")
     ax.grid(visible=True, which="major", color="0.5", alpha=0.25, linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -246,8 +246,8 @@ def run_cg(
     b2 = b.resolve_neg().reshape(-1, n).contiguous()
     batch = b2.shape[0]
     # The results are no views: autograd forbids to write into a view that an operator made.
-    x = _zeros(b) if x0 is None else x0.resolve_neg().clone(memory_format=torch.contiguous_format)
-    p = _zeros(b)  # zero, not empty: it is returned, also for systems that take no step
+    x = zeros(b) if x0 is None else x0.resolve_neg().clone(memory_format=torch.contiguous_format)
+    p = zeros(b)  # zero, not empty: it is returned, also for systems that take no step
     r, q = torch.empty_like(b2), torch.empty_like(b2)
     z = r if not M.layout and precondition is None else torch.empty_like(b2)
     info = b2.new_zeros((*shape[:-1], _C.cg_state_size), dtype=torch.float64)
@@ -275,7 +275,7 @@ def run_cg(
     return x, p, info, history
 
 
-def _zeros(like: Tensor) -> Tensor:
+def zeros(like: Tensor) -> Tensor:
     """Zeros shaped like a vector; on the CPU made by native code, which asks for huge pages."""
     if like.is_cuda:
         return like.new_zeros(like.shape)

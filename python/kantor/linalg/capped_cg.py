@@ -32,7 +32,7 @@ RULES = ("residual", "step", "truncated")
 _NONE = Encoded([], [], [])
 
 # Columns of the states: struct CappedState in csrc/linalg/capped_cg.h.
-_DAMPING, _RTOL, _ATOL, _LIMIT, _HNORM, _LOG_T_SHIFT = range(6)
+_DAMPING, _RTOL, _ATOL, _LIMIT, _HNORM, _LOG_T_SHIFT = range(6)  # settings, in the order of `solve`
 _STATUS, _ITERATIONS, _PRODUCTS, _RESIDUAL_NORM, _CURVATURE, _ALONG_P, _SUSPECT, _TEST4_OFF = range(6, 14)
 _RUNNING, _NC, _TERM, _INTERRUPTED, _IS_SUSPECT = 0, 2, 3, 5, 6
 
@@ -143,15 +143,15 @@ class CappedSolver:
         self.shape = like.shape
         self._batch, self._n = (1, like.numel()) if like.ndim == 1 else like.shape
         shape = (self._batch, self._n)
-        self._y, self._Hy, self._r, self._p, self._Hp = (like.new_empty(shape) for _ in range(5))
+        self._y, self._Hy, self._r, self._p, self._Hp = (_native.zeros(like.new_empty(shape)) for _ in range(5))
         self._z: Tensor | None = None  # with a preconditioner
         self._q: Tensor | None = None  # with a native operator on CUDA, or incomplete Cholesky
         self._host = torch.zeros(self._batch, _C.capped_state_size, dtype=torch.float64)
         self._table = self._host.numpy()
         self._workspace = like.new_empty(0, dtype=torch.uint8)
         self._arrays = like.new_empty(0, dtype=torch.float64)
-        self._view = self._r.view(self.shape)
-        self.d = self._y.view(self.shape)
+        self._r_view, self._y_view, self._p_view = (v.view(self.shape) for v in (self._r, self._y, self._p))
+        self.d = self._y_view
         self.n_hvp = 0  # of the last solve
         self.log_T_shift = 0.0  # for tests of test 4
 
@@ -175,10 +175,10 @@ class CappedSolver:
         ``(B,)``. A system whose g is zero is left out. Exceptions of callables leave as they are.
         """
         table = self._table
-        table[:, _DAMPING], table[:, _RTOL], table[:, _ATOL], table[:, _HNORM] = damping, rtol, atol, hnorm
-        table[:, _LOG_T_SHIFT] = self.log_T_shift
-        table[:, _LIMIT] = 2 * self._n if max_iter is None else max_iter
-        limit = int(table[:, _LIMIT].max())
+        limit = 2 * self._n if max_iter is None else max_iter
+        for column, value in enumerate((damping, rtol, atol, limit, hnorm, self.log_T_shift)):
+            table[:, column] = value
+        limit = int(np.max(limit))
         on_cuda = self._r.is_cuda
         every = check_every or (8 if on_cuda else 1)
         native = backend()
@@ -211,24 +211,23 @@ class CappedSolver:
             calls += native.capped_cg(
                 *(encoded or _NONE), *M, g.reshape(self._r.shape), vectors, states, arrays, self._workspace,
                 RULES.index(rule), every, resume, None if encoded else H,
-                z.view(self.shape) if M_inv is not None else self._view, precondition, torch.get_num_threads(),
+                z.view(self.shape) if M_inv is not None else self._r_view, precondition, torch.get_num_threads(),
             )  # fmt: skip
             if on_cuda:
                 self._host.copy_(states)
-            if (table[:, _STATUS] == _INTERRUPTED).any():
+            statuses = table[:, _STATUS].tolist()
+            if _INTERRUPTED in statuses:
                 raise KeyboardInterrupt
-            suspects = np.flatnonzero(table[:, _STATUS] == _IS_SUSPECT)
-            if not (len(suspects) and self._settle(suspects, H, g, arrays.view(self._batch, 3, -1))):
+            if _IS_SUSPECT not in statuses or not self._settle(statuses, H, g, arrays.view(self._batch, 3, -1)):
                 break
             resume = True
             if on_cuda:
                 states.copy_(self._host)
         self.n_hvp = self._extra_products + (int(table[:, _PRODUCTS].max(initial=0)) if encoded else calls)
-        along_p = table[:, _ALONG_P]
         if self._batch == 1:
-            self.d = (self._p if along_p[0] else self._y).view(self.shape)
+            self.d = self._p_view if table[0, _ALONG_P] else self._y_view
         else:
-            mask = torch.from_numpy(along_p != 0).to(self._r.device).unsqueeze(-1)
+            mask = torch.from_numpy(table[:, _ALONG_P] != 0).to(self._r.device).unsqueeze(-1)
             self.d = torch.where(mask, self._p, self._y)
 
     def outcome(self, k: int = 0) -> Outcome:
@@ -237,14 +236,14 @@ class CappedSolver:
         status = _STATUSES[int(row[_STATUS])]
         return Outcome(status.value, int(row[_ITERATIONS]), row[_RESIDUAL_NORM], row[_CURVATURE], row[_HNORM])
 
-    def _settle(self, suspects: Any, H: Any, g: Tensor, arrays: Tensor) -> bool:
+    def _settle(self, statuses: list[float], H: Any, g: Tensor, arrays: Tensor) -> bool:
         """Test 4's branch: rebuild y_i and look at y+ - y_i, which is accepted only if it is what the scan said.
 
         Returns whether a system runs on. O(n) memory; i + 1 products.
         """
         table = self._table
         running = False
-        for k in suspects:
+        for k in (k for k, status in enumerate(statuses) if status == _IS_SUSPECT):
             i, j, damping = int(table[k, _SUSPECT]), int(table[k, _ITERATIONS]), float(table[k, _DAMPING])
             alphas = arrays[k, 0, : j + 1].tolist()
             y, r = torch.zeros_like(self._y[k]), g.reshape(self._r.shape)[k].clone()

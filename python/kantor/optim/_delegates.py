@@ -132,8 +132,8 @@ def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
 def _lbfgs(shared: _Shared, method: str, options: dict[str, Any]) -> str:
     x = shared.objective.start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [x], max_iter=1, tolerance_grad=0.0, tolerance_change=0.0,
-        **{"line_search_fn": "strong_wolfe", "history_size": 10, **options},
+        [x], max_iter=1, max_eval=30, tolerance_grad=0.0, tolerance_change=0.0,
+        **{"line_search_fn": "strong_wolfe", **options},
     )  # fmt: skip
 
     def closure() -> Tensor:
