@@ -2,10 +2,10 @@
 
     python bench/optim/bench_minimize.py --seeds 0 1 2 --repeats 3 -o results/minimize.jsonl
 
-Every method gets the same NumPy callables (value, gradient, product), tolerance 1e-6 on the Euclidean
-norm of the gradient and 20 000 products, kept by an exception from inside the callable. SciPy runs by itself,
-not through Kantor. CPU seconds are medians over interleaved repetitions. Means are shifted geometric (shift 10) over the
-problems that the method and trust-krylov both solved.
+Every method gets the same NumPy callables (value, gradient, product), tolerance 1e-6 on the Euclidean norm of the
+gradient and 20 000 products, kept by an exception from inside the callable. SciPy runs by itself, not through Kantor.
+CPU seconds are medians over interleaved repetitions. Means are shifted geometric (shift 10) over the problems that the
+method and trust-krylov both solved.
 """
 
 from __future__ import annotations

@@ -242,6 +242,17 @@ def test_exception_in_a_callable_comes_out_as_it_is(most: int) -> None:
     assert minimize(c.fun, np.full(12, 5.0), grad=c.grad, hvp=c.hvp).converged  # nothing is left in a bad state
 
 
+@pytest.mark.parametrize("which", ["fun", "hvp", "callback"])
+def test_stop_iteration_of_a_callable_is_not_mistaken_for_the_end(which: str) -> None:
+    def broken(*args: Any) -> Any:
+        raise StopIteration
+
+    c = Counting()
+    calls = {"fun": c.fun, "hvp": c.hvp, "callback": lambda info: None} | {which: broken}
+    with pytest.raises(StopIteration):
+        minimize(calls["fun"], np.full(12, 5.0), grad=c.grad, hvp=calls["hvp"], callback=calls["callback"])
+
+
 def test_limit_of_products_is_kept_and_the_run_resumes() -> None:
     c = Counting()
     with pytest.warns(RuntimeWarning, match="max_hvp"):

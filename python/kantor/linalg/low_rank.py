@@ -113,7 +113,7 @@ class ShiftedSolver:
             length = G.norm()
             U = G.mT / torch.where(length > 0, length, torch.ones_like(length))
             K = (A.weights * length.square()).reshape(1, 1)
-        elif A.rank <= A.shape[0]:
+        elif A.rank < A.shape[0]:
             # The Gram matrix F F' would square the condition number; a QR factorisation does not.
             U, R = torch.linalg.qr(G.mT)
             K = (R * A.weights) @ R.mT

@@ -18,7 +18,7 @@ from kantor.optim._newton_system import Solver, row_norms
 from kantor.optim._objective import Objective, Point
 from kantor.optim._recorder import Callback, Interrupted, Limits, Recorder
 from kantor.optim._result import OptimizeResult, OptimizeStatus
-from kantor.optim.arncg import Measure, Move, Options, Request, Solve, State, Try, arncg
+from kantor.optim.arncg import Measure, Move, Options, Request, Solve, State, Try, advance, arncg
 
 
 def drive_batch(
@@ -151,10 +151,11 @@ class _Batch:
             self._advance(k, None)
 
     def _advance(self, k: int, answer: Any) -> None:
-        try:
-            self._requests[k] = self._algorithms[k].send(answer)
-        except StopIteration as finished:
-            self._requests[k], self.statuses[k] = None, finished.value
+        request = advance(self._algorithms[k], answer)
+        if isinstance(request, OptimizeStatus):
+            self._requests[k], self.statuses[k] = None, request
+        else:
+            self._requests[k] = request
 
     def _mask(self, rows: list[int]) -> Tensor:
         mask = torch.zeros(len(self._requests), 1, dtype=torch.bool)

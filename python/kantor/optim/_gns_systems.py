@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kantor._checks import check_same
 from kantor._errors import NumericalBreakdown
 from kantor._result import SolveStatus
-from kantor.linalg import Dense, Diagonal, LinearOperator, LowRank, multishift_cg
+from kantor.linalg import Dense, Diagonal, LinearOperator, LowRank, as_operator, multishift_cg
 from kantor.linalg.capped_cg import CappedSolver
 from kantor.linalg.low_rank import ShiftedSolver
 from kantor.optim._newton_system import dot
@@ -19,6 +21,8 @@ from kantor.optim.curvature import low_rank_form
 
 DENSE_MOST = 2000  # unknowns up to which a matrix that is at hand is factored
 FORM_MOST = 500  # and up to which one is formed by products
+# Against division by zero alone: no length is small for every function.
+TINY = 1e-30
 SHIFTS = 8  # radii gamma, gamma / 2, ... that one sequence of multi-shift CG serves
 
 
@@ -37,9 +41,16 @@ class Metric:
             return cls()
         if isinstance(metric, Diagonal):
             metric = metric.values
-        elif isinstance(metric, LinearOperator):
-            metric = metric.dense()
-        metric = torch.as_tensor(metric).detach().to(like)
+        elif not isinstance(metric, Tensor | np.ndarray):
+            apply = metric if isinstance(metric, LinearOperator) else getattr(metric, "matvec", None)
+            if not callable(getattr(metric, "matvec", None)):
+                raise TypeError(
+                    f"minimize_gns: metric: expected None, a diagonal ({n},), a matrix ({n}, {n}) or an operator, got "
+                    f"{type(metric).__name__}"
+                )
+            metric = as_operator(apply, like=like).dense()
+        metric = torch.as_tensor(metric).detach()
+        check_same("minimize_gns", [("x0", like), ("metric", metric)])
         if tuple(metric.shape) not in ((n,), (n, n)):
             raise ValueError(f"minimize_gns: metric: expected shape ({n},) or ({n}, {n}), got {tuple(metric.shape)}")
         if metric.ndim == 1:
@@ -114,12 +125,15 @@ class Systems:
         self._B, self._solver, self._capped = B, solver, capped
         self._H: LinearOperator | None = None
         self._kept: Any = None
+        self._eigen: Any = None
+        self._repeats = False
         self.n_solve = 0
 
     def prepare(self, H: LinearOperator, g: Tensor, G: float) -> None:
         """Take the operator of a new point; one that is the same as before keeps its factorisation."""
-        if H is not self._H:
-            self._H, self._kept = H, None
+        self._repeats = H is self._H
+        if not self._repeats:
+            self._H, self._kept, self._eigen = H, None, None
         self._g, self._G = g, G
         self._many: list[Tensor | None] = []
         self._first_gamma: float | None = None
@@ -170,9 +184,16 @@ class Systems:
         assert self._H is not None
         if self._kept is None:
             dense = self._H.dense()
-            if not bool(torch.isfinite(dense).all()):
-                raise NumericalBreakdown("minimize_gns: the curvature has NaN or infinite entries")
             self._kept = (dense + dense.mT) / 2
+        if not bool(torch.isfinite(self._kept).all()):
+            return torch.full_like(self._g, math.nan)
+        if self._repeats:  # the same matrix at every point: its eigenvectors make each further shift O(n^2)
+            if self._eigen is None:
+                self._eigen = torch.linalg.eigh(self._B.whiten(self._B.whiten(self._kept).mT))
+            values, vectors = self._eigen
+            if bool((values + lam <= 0).any()):
+                raise NumericalBreakdown("minimize_gns: H + lam B is not positive definite")
+            return -self._B.unwhiten(((self._B.whiten(self._g) @ vectors) / (values + lam)) @ vectors.mT)
         factor, info = torch.linalg.cholesky_ex(self._B.add_to(self._kept, lam))
         if int(info) != 0:
             raise NumericalBreakdown("minimize_gns: H + lam B is not positive definite")
@@ -194,7 +215,7 @@ class Systems:
         """The radii gamma, gamma / 2, ... share one Krylov sequence: a further trial costs no product."""
         if self._first_gamma is None or round(math.log2(self._first_gamma / gamma)) >= SHIFTS:
             self._first_gamma = gamma
-            self._many = self._by_krylov([self._G / (gamma / 2**i + 1e-8) for i in range(SHIFTS)])
+            self._many = self._by_krylov([self._G / (gamma / 2**i + TINY) for i in range(SHIFTS)])
         return self._usable(self._many[round(math.log2(self._first_gamma / gamma))])
 
     @staticmethod
@@ -216,8 +237,10 @@ class Systems:
         )
         steps: list[Tensor | None] = []
         for x, status in zip(answer.x, answer.statuses, strict=True):
-            usable = status in (SolveStatus.CONVERGED, SolveStatus.MAXITER)
-            steps.append(-B.unwhiten(x) if usable else None)
+            if status is SolveStatus.BREAKDOWN:
+                steps.append(torch.full_like(x, math.nan))
+            else:
+                steps.append(None if status is SolveStatus.NEGATIVE_CURVATURE else -B.unwhiten(x))
         return steps
 
     def _step_capped(self, lam: float, gamma: float) -> tuple[Tensor, float | None]:
@@ -226,7 +249,7 @@ class Systems:
         self._capped.solve(self._H.matvec, self._g, lam / 2, 0.5, rule="step")
         outcome, d = self._capped.outcome(), self._capped.d.clone()
         if outcome.status == "BREAKDOWN":
-            raise NumericalBreakdown("minimize_gns: NaN or infinity from the curvature")
+            return torch.full_like(d, math.nan), None
         if outcome.status != "NC":
             return d, None
         # gamma >= sqrt(2 |g| / L) makes 2 |g| / gamma^2 an estimate of the Lipschitz constant L of the Hessian.

@@ -307,6 +307,15 @@ def _adapt_to_model(f: float, d: Direction, found: Found, omega: float, omega_f:
     return None
 
 
+def advance(algorithm: Algorithm, answer: Any) -> Request | OptimizeStatus:
+    """The next request, or how it ended. A StopIteration that a user's function raises is not mistaken for the end."""
+    try:
+        return algorithm.send(answer)
+    except StopIteration as finished:
+        status: OptimizeStatus = finished.value
+        return status
+
+
 # --- one problem ---
 
 
@@ -340,8 +349,7 @@ def drive(
     try:
         with recorder.watching(progress, interrupt):
             recorder.record(point.x, point.f, G, s.M, math.nan)
-            while True:
-                request = algorithm.send(answer)
+            while not isinstance(request := advance(algorithm, answer), OptimizeStatus):
                 if type(request) is Try:
                     tried = objective.evaluate(torch.add(point.x, solver.d, alpha=request.step))
                     answer = tried.f
@@ -362,8 +370,7 @@ def drive(
                 else:
                     point, hessian, answer = tried, None, None
                     recorder.record(point.x, point.f, G, s.M, s.omega)
-    except StopIteration as finished:
-        status = finished.value
+            status = request
     except Interrupted as over:
         status = over.status
     g = objective.gradient(point)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from kantor._checks import check_float, check_same
 from kantor.optim._newton_system import Sketch, Solver, norm
 from kantor.optim._result import OptimizeStatus
-from kantor.optim.arncg import Measure, Move, Solve, State, Try, arncg, options
+from kantor.optim.arncg import Measure, Move, Solve, State, Try, advance, arncg, options
 
 Closure = Callable[[], Tensor]
 
@@ -138,7 +137,7 @@ class ARNCG(torch.optim.Optimizer):
             return self._product(graph, leaves, v)
 
         try:
-            while type(request := algorithm.send(answer)) is not Move:
+            while not isinstance(request := advance(algorithm, answer), OptimizeStatus | Move):
                 if type(request) is Solve:
                     if tried is not None:  # the graph belongs to x
                         self._write(x)
@@ -151,15 +150,14 @@ class ARNCG(torch.optim.Optimizer):
                 elif type(request) is Measure:
                     assert tried is not None
                     answer = norm(self._gradient(tried, create_graph=False))
-        except StopIteration as finished:
-            self.status = finished.value
-            self._write(x)
         except BaseException:
             self._write(x)
             raise
+        if isinstance(request, OptimizeStatus):
+            self.status = request
+            self._write(x)
         else:
-            with suppress(StopIteration):  # converged there: the next step will say so
-                algorithm.send(None)  # keeps the books of the step; what it asks for next is left to the next step
+            advance(algorithm, None)  # keeps the books of the step; what it asks for next is left to the next step
             algorithm.close()
         store["arncg"] = asdict(s)
         return loss.detach()

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kantor._checks import check_finite, check_float, check_tensor
+from kantor._checks import check_finite, check_float, check_same, check_tensor
+from kantor._errors import NumericalBreakdown
 from kantor.linalg import Dense, Diagonal, LinearOperator, LowRank
 
 Curvature = Callable[[Tensor], LinearOperator]
@@ -47,7 +49,7 @@ class Products(LinearOperator):
 
 def zero() -> Curvature:
     """No curvature: Newton's method becomes a normalised gradient method."""
-    return lambda x: Diagonal(torch.zeros_like(x.detach().reshape(-1)))
+    return lambda x: Diagonal(torch.zeros_like(_point(x, "zero").reshape(-1)))
 
 
 def hessian(fun: Callable[[Tensor], Tensor], *, mode: Literal["auto", "double_backward", "jvp"] = "auto") -> Curvature:
@@ -209,6 +211,7 @@ def empirical_fisher(per_sample_grads: Tensor | Callable[[Tensor], Tensor]) -> C
     """
 
     def at(x: Tensor) -> LinearOperator:
+        x = _point(x, "empirical_fisher")
         G = per_sample_grads(x) if callable(per_sample_grads) else per_sample_grads
         check_tensor(G, "empirical_fisher", "per_sample_grads")
         if G.ndim != 2 or G.shape[0] == 0 or G.shape[1] != x.numel():
@@ -244,7 +247,7 @@ def logistic(A: Tensor, *, l2: float = 0.0, exact: bool = True) -> Curvature:
     def at(x: Tensor) -> LinearOperator:
         if not exact:
             return bound
-        s = torch.sigmoid(A @ x.detach())
+        s = torch.sigmoid(A @ _point(x, "logistic"))
         return _penalised(LowRank(A, s * (1 - s) / A.shape[0]), l2)
 
     return at
@@ -271,7 +274,7 @@ def softmax(A: Tensor, classes: int, *, l2: float = 0.0, exact: bool = True) -> 
         raise ValueError(f"softmax: classes: expected an integer >= 2, got {classes!r}")
 
     def at(x: Tensor) -> LinearOperator:
-        W = x.detach().reshape(A.shape[1], classes)
+        W = _point(x, "softmax").reshape(A.shape[1], classes)
         P = torch.softmax(A @ W, -1)
 
         def rows(V: Tensor) -> Tensor:
@@ -301,13 +304,14 @@ def logsumexp(A: Tensor, b: Tensor, mu: float = 1.0, *, exact: bool = True) -> C
     """
     A = _samples(A, "logsumexp")
     check_tensor(b, "logsumexp", "b")
+    check_same("logsumexp", [("A", A), ("b", b)])
     if b.shape != A.shape[:1]:
         raise ValueError(f"logsumexp: b: expected shape ({A.shape[0]},), got {tuple(b.shape)}")
     if not mu > 0:
         raise ValueError(f"logsumexp: mu: expected a number > 0, got {mu!r}")
 
     def at(x: Tensor) -> LinearOperator:
-        pi = torch.softmax((A @ x.detach() - b) / mu, 0)
+        pi = torch.softmax((A @ _point(x, "logsumexp") - b) / mu, 0)
         weighted = LowRank(A, pi / mu)
         if not exact:
             return weighted
@@ -382,6 +386,11 @@ def as_curvature_operator(value: Any, x: Tensor, function: str) -> LinearOperato
     n = x.numel()
     if not isinstance(value, LinearOperator | Tensor):
         value = torch.as_tensor(value)
+    if isinstance(value, Tensor):
+        if value.ndim > 2 and value.numel() == n * n:  # torch.func.hessian, of unknowns that are a matrix
+            value = value.reshape(n, n)
+        if value.layout is torch.strided and not bool(torch.isfinite(value).all()):
+            raise NumericalBreakdown(f"{function}: curvature: NaN or infinite entries")
     operator = value if isinstance(value, LinearOperator) else Dense(value.detach())
     if operator.shape != (n, n):
         raise ValueError(f"{function}: curvature: expected shape {(n, n)}, got {operator.shape}")
@@ -400,10 +409,11 @@ def _penalised(A: LinearOperator, l2: float) -> LinearOperator:
     return A if l2 == 0 else A + Diagonal(torch.full((A.shape[0],), l2, dtype=A.dtype, device=A.device))
 
 
-def _point(x: Tensor, function: str) -> Tensor:
-    check_tensor(x, function, "x")
-    check_float(x, function, "x")
-    return x.detach()
+def _point(x: Any, function: str) -> Tensor:
+    """A tensor, also where the unknowns are a NumPy array."""
+    point = check_tensor(torch.from_numpy(x) if isinstance(x, np.ndarray) else x, function, "x")
+    check_float(point, function, "x")
+    return point.detach()
 
 
 def _samples(A: Tensor, function: str) -> Tensor:

@@ -18,13 +18,13 @@ from torch import Tensor
 from kantor._errors import NumericalBreakdown
 from kantor.linalg import Diagonal, LinearOperator
 from kantor.linalg.capped_cg import CappedSolver
-from kantor.optim._gns_systems import Metric, Systems
+from kantor.optim._gns_systems import TINY, Metric, Systems
 from kantor.optim._objective import Objective, Point
 from kantor.optim._recorder import Callback, Interrupted, Limits, Recorder
 from kantor.optim._result import OptimizeResult, OptimizeStatus
 from kantor.optim.curvature import Products, as_curvature_operator
 
-TINY, GAMMA_MIN = 1e-8, 1e-9
+GAMMA_MIN = TINY
 
 
 def minimize_gns(
@@ -113,14 +113,16 @@ def minimize_gns(
     >>> from kantor.optim import curvature, minimize_gns
     >>> A = torch.randn(200, 20, dtype=torch.float64)
     >>> fun = lambda x: torch.logsumexp(A @ x, 0)
-    >>> result = minimize_gns(fun, torch.ones(20, dtype=torch.float64), curvature=curvature.logsumexp(A,
-    torch.zeros(200)))
+    >>> exact = curvature.logsumexp(A, torch.zeros(200, dtype=torch.float64))
+    >>> result = minimize_gns(fun, torch.ones(20, dtype=torch.float64), curvature=exact)
     >>> result.converged
     True
     """
     _check(gamma0=(gamma0, 0 < gamma0 < math.inf, "> 0"), tol=(tol, 0 <= tol < math.inf, ">= 0"),
            max_trials=(max_trials, max_trials >= 1, ">= 1"), max_iter=(max_iter, max_iter >= 0, ">= 0"),
            tol_f=(tol_f, tol_f >= 0, ">= 0"))  # fmt: skip
+    if interrupt not in ("raise", "return"):
+        raise ValueError(f"minimize_gns: interrupt: expected 'raise' or 'return', got {interrupt!r}")
     products = curvature == "hessian" if isinstance(curvature, str) else False
     objective = Objective("minimize_gns", fun, x0, grad, hvp, second_order=products)
     make = _curvature(curvature, objective)
@@ -144,10 +146,14 @@ def minimize_gns(
                     raise Interrupted(OptimizeStatus.UNBOUNDED)
                 recorder.check_limits(recorder.iterations)
                 recorder.n_points += 1
-                systems.prepare(make(point), point.g, G)
+                try:
+                    H = make(point)
+                except NumericalBreakdown:
+                    raise Interrupted(OptimizeStatus.NON_FINITE) from None
+                systems.prepare(H, point.g, G)
                 found, gamma = _search(objective, systems, B, point, G, gamma, max_trials)
-                if found is None:
-                    raise Interrupted(OptimizeStatus.LINE_SEARCH)
+                if isinstance(found, OptimizeStatus):
+                    raise Interrupted(found)
                 point = found
                 G = B.dual_norm(point.g)
                 recorder.record(point.x, point.f, G, gamma)
@@ -162,14 +168,16 @@ def minimize_gns(
 
 def _search(
     objective: Objective, systems: Systems, B: Metric, point: Point, G: float, gamma: float, max_trials: int
-) -> tuple[Point | None, float]:
-    """Halve gamma until a step is good enough; the new point and the next gamma (paper, algorithm 1)."""
+) -> tuple[Point | OptimizeStatus, float]:
+    """Halve gamma until a step is good enough; the new point or why there is none, and the next gamma (algorithm 1)."""
+    failure = OptimizeStatus.NON_FINITE  # until something finite is seen
     noise = 10 * torch.finfo(objective.dtype).eps / 2 * max(1.0, abs(point.f))
     for _ in range(max_trials):
         lam = G / (gamma + TINY)
         try:
             d, downward = systems.step(lam, gamma)
         except NumericalBreakdown:  # H + lam B is not positive definite
+            failure = OptimizeStatus.LINE_SEARCH
             gamma /= 2
             continue
         if not bool(torch.isfinite(d).all()):
@@ -180,14 +188,18 @@ def _search(
         if math.isfinite(tried.f) and (decrease >= -noise):
             G_new = B.dual_norm(objective.gradient(tried))
             needed = downward if downward is not None else G_new**2 / (8 * lam)
-            if math.isfinite(G_new) and decrease >= needed and decrease > 0:
+            lost = abs(decrease) <= noise  # all rounding: the gradient decides, and must move
+            if math.isfinite(G_new) and decrease >= needed and decrease > 0 and not (lost and G_new > G):
                 return tried, max(2 * gamma, GAMMA_MIN)
-            if abs(decrease) <= noise and G_new <= G:  # all rounding: the gradient decides, gamma stays
+            if lost and G_new < G:  # gamma stays
                 return tried, gamma
-        gamma /= 2
-        if gamma < GAMMA_MIN:
-            gamma = GAMMA_MIN
-    return None, gamma
+            if lost and (G_new == G or torch.equal(tried.x, point.x)):
+                return OptimizeStatus.STALLED, gamma
+            failure = OptimizeStatus.STALLED if lost else OptimizeStatus.LINE_SEARCH
+        elif math.isfinite(tried.f):
+            failure = OptimizeStatus.LINE_SEARCH
+        gamma = max(gamma / 2, GAMMA_MIN)
+    return failure, gamma
 
 
 def _curvature(curvature: Any, objective: Objective) -> Callable[[Point], LinearOperator]:
@@ -201,7 +213,7 @@ def _curvature(curvature: Any, objective: Objective) -> Callable[[Point], Linear
         return lambda point: by_products(objective.hessian(point), point.x)
     if not callable(curvature):
         raise TypeError(f"minimize_gns: curvature: expected a name or a callable, got {type(curvature).__name__}")
-    return lambda point: as_curvature_operator(curvature(objective.restore(point.x)), point.x, "minimize_gns")
+    return lambda point: as_curvature_operator(curvature(objective.restore(point.x.clone())), point.x, "minimize_gns")
 
 
 def by_products(product: Callable[[Tensor], Tensor], like: Tensor) -> LinearOperator:
