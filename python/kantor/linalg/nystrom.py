@@ -114,15 +114,15 @@ def nystrom(
         random = torch.randn(n, rank, dtype=torch.float64, generator=generator).to(operator.device, operator.dtype)
         test, _ = torch.linalg.qr(random)
         sketch = torch.stack([operator.matvec(column).clone() for column in test.mT.contiguous()], dim=1)
+        if not bool(torch.isfinite(sketch).all()):
+            raise ValueError("nystrom: A: expected finite products, got NaN or infinity")
         core = test.mT @ sketch
         core = (core + core.mT) / 2
         size = core.abs().max()
         lowest = torch.linalg.eigvalsh(core)[0]
         rounding = torch.finfo(core.dtype).eps * n**0.5 * size
         shift = rounding + (2 * lowest.abs() if bool(lowest < 0) else 0)
-        factor, info = torch.linalg.cholesky_ex(core + shift * torch.eye(rank, dtype=core.dtype, device=core.device))
-        if int(info) != 0:
-            raise ValueError("nystrom: A: the sketch is not finite; look for NaN or infinity in its products")
+        factor = torch.linalg.cholesky(core + shift * torch.eye(rank, dtype=core.dtype, device=core.device))
         half = torch.linalg.solve_triangular(factor, (sketch + shift * test).mT, upper=False).mT
         basis, singular, _ = torch.linalg.svd(half, full_matrices=False)
         values = (singular.square() - shift).clamp_min(0)
