@@ -151,8 +151,8 @@ class PythonProduct {
 int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
                        const Layout& m_layout, const Scales& m_scales, const Tensor& g, const Operands& vectors,
                        const Tensor& states, const Tensor& arrays, const Tensor& workspace, int rule,
-                       int64_t check_every, bool resume, const py::object& product,
-                       const py::object& z, const py::object& precondition, int threads) {
+                       int64_t check_every, bool resume, const py::object& product, const py::object& z,
+                       const py::object& precondition, int threads) {
   require(g.ndim == 2 && vectors.size() == 7, "capped_cg: g must be (batch, n), vectors must be y, Hy, r, p, Hp, z, q");
   const OperatorArgs h_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
   const Callback precondition_callback = [&precondition] { call_back([&] { precondition(); }); };
@@ -172,8 +172,7 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
     require(layout.empty() || (H.rows == v.n && H.cols == v.n), "capped_cg: the operator's shape does not match g");
     Preconditioner<T> M = read_preconditioner<T>(m_args, g);
     if (!precondition.is_none()) M = precondition_callback;
-    const CappedOptions options{static_cast<CappedRule>(rule),
-                                v.batch ? arrays.size() / (3 * v.batch) : 0,
+    const CappedOptions options{static_cast<CappedRule>(rule), v.batch ? arrays.size() / (4 * v.batch) : 0,
                                 !std::holds_alternative<std::monostate>(M)};
     const Exec exec = exec_for(g, threads);
     const CgMonitor monitor = PythonMonitor(py::none());
@@ -193,14 +192,14 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
   });
 }
 
-// Test 4's scan over (3, capacity) arrays, for the tests: the smallest ratio and its index.
+// Test 4's scan over (4, capacity) arrays, for the tests: the smallest ratio and its index.
 py::tuple bind_capped_scan(const Tensor& arrays, int64_t j) {
   require_host(arrays, "capped_scan");
   double* first = elements<double>(arrays, "arrays").data();
-  const int64_t capacity = arrays.size() / 3;
+  const int64_t capacity = arrays.size() / 4;
   require(j >= 0 && j < capacity, "capped_scan: j is out of range");
   int64_t index = -1;
-  const double ratio = capped_scan({first, first + capacity, first + 2 * capacity}, j, &index);
+  const double ratio = capped_scan({first, first + capacity, first + 2 * capacity, first + 3 * capacity}, j, &index);
   return py::make_tuple(ratio, index);
 }
 

@@ -58,6 +58,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
 #if defined(KANTOR_EMULATE)
   m.attr("schedule_count") = simt::emulator::schedule_count;
   m.def("set_schedule", &simt::emulator::set_schedule);
+  m.def("host_copies", [] { return simt::emulator::host_copies.load(); });
 #endif
 #if defined(KANTOR_WITH_CUDA)
   m.def("cuda_device_count", &cuda_device_count);

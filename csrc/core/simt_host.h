@@ -12,6 +12,7 @@
 #pragma once
 
 #include <math.h>
+#include <atomic>
 
 #include <algorithm>
 #include <bit>
@@ -246,7 +247,13 @@ void launch(const char* call, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   } catch (const emulator::LaunchError& error) { throw emulator::LaunchError(std::string(call) + ": " + error.what()); }
 }
 
+namespace emulator {
+// Copies to the host so far: each would make the host wait for a GPU.
+inline std::atomic<long> host_copies{0};
+}  // namespace emulator
+
 inline void copy_to_host(void* to, const void* from, std::size_t bytes, Stream) {
+  ++emulator::host_copies;
   if (bytes > 0) std::memcpy(to, from, bytes);
 }
 inline void copy_to_device(void* to, const void* from, std::size_t bytes, Stream) {

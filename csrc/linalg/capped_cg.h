@@ -66,25 +66,25 @@ struct CappedState {
 };
 inline constexpr int64_t capped_state_size = sizeof(CappedState) / sizeof(double);
 
-// alpha_k, rho_k = |r_k|^2 and scratch, k = 0..capacity-1, of one system.
+// alpha_k, rho_k = |r_k|^2 and scratch for two sums, k = 0..capacity-1, of one system.
 struct CappedArrays {
-  double *alpha, *rho, *suffix;
+  double *alpha, *rho, *suffix, *tail;
 };
 
 // Test 4 without stored iterates. With S_m = sum_{k=m..j} alpha_k rho_k, for y+ = y_j + alpha_j p_j and every i < j:
 //   (y+ - y_i)' Hb (y+ - y_i) = S_i,   |y+ - y_i|^2 = S_i^2 sum_{l<i} 1 / rho_l + sum_{l=i..j} S_l^2 / rho_l
 // because p_k = -rho_k sum_{l<=k} r_l / rho_l with orthogonal residuals. The smallest ratio of the two, and its i.
 KANTOR_HD double capped_scan(const CappedArrays& arrays, int64_t j, int64_t* index) {
-  double S = 0;
-  for (int64_t m = j; m >= 0; --m) arrays.suffix[m] = S += arrays.alpha[m] * arrays.rho[m];
-  double before = 0, after = 0, smallest = HUGE_VAL;
-  for (int64_t l = 0; l <= j; ++l) after += arrays.suffix[l] * (arrays.suffix[l] / arrays.rho[l]);
+  double S = 0, after = 0, before = 0, smallest = HUGE_VAL;
+  for (int64_t m = j; m >= 0; --m) {  // only sums of positive terms: nothing cancels
+    arrays.suffix[m] = S += arrays.alpha[m] * arrays.rho[m];
+    arrays.tail[m] = after += S * (S / arrays.rho[m]);
+  }
   *index = -1;
   for (int64_t i = 0; i < j; ++i) {
-    const double S_i = arrays.suffix[i], ratio = S_i / (S_i * S_i * before + after);
+    const double S_i = arrays.suffix[i], ratio = S_i / (S_i * S_i * before + arrays.tail[i]);
     if (ratio < smallest) smallest = ratio, *index = i;
     before += 1 / arrays.rho[i];
-    after -= S_i * (S_i / arrays.rho[i]);
   }
   return smallest;
 }
@@ -208,13 +208,13 @@ struct CappedVectors {
   const T* g;
   T *y, *Hy, *r, *p, *Hp, *z, *q;
   CappedState* states;  // (batch)
-  double* arrays;       // (batch, 3, capacity)
+  double* arrays;       // (batch, 4, capacity)
   void* workspace;      // CUDA only: capped_workspace_bytes(batch) of device memory
   int64_t check_every;  // iterations between two looks at the device
 
   KANTOR_HD CappedArrays arrays_of(int64_t k, int64_t capacity) const {
-    double* first = arrays + 3 * k * capacity;
-    return {first, first + capacity, first + 2 * capacity};
+    double* first = arrays + 4 * k * capacity;
+    return {first, first + capacity, first + 2 * capacity, first + 3 * capacity};
   }
 };
 

@@ -65,7 +65,7 @@ def capped_cg(
     g: Tensor,  # (batch, n)
     vectors: Sequence[Tensor],  # y, Hy, r, p, Hp, z, q, each (batch, n); q may be any tensor where it is not needed
     states: Tensor,  # (batch, capped_state_size) float64
-    arrays: Tensor,  # (batch, 3, capacity) float64
+    arrays: Tensor,  # (batch, 4, capacity) float64
     workspace: Tensor,  # uint8
     rule: int,
     check_every: int,

@@ -196,13 +196,13 @@ class CappedSolver:
 
         if encoded is not None or M.layout:
             self._q = torch.empty_like(self._r) if self._q is None else self._q
-        if self._arrays.numel() < 3 * self._batch * (limit + 1):
+        if self._arrays.numel() < 4 * self._batch * (limit + 1):
             # Memory that is not touched costs nothing: the arrays fill up to the iterations made.
-            self._arrays = torch.empty(3 * self._batch * (limit + 1), dtype=torch.float64, device=self._r.device)
+            self._arrays = torch.empty(4 * self._batch * (limit + 1), dtype=torch.float64, device=self._r.device)
         if self._workspace.numel() == 0:
             size = native.capped_workspace_bytes(self._batch)
             self._workspace = torch.empty(size, dtype=torch.uint8, device=self._r.device)
-        arrays = self._arrays[: 3 * self._batch * (limit + 1)]
+        arrays = self._arrays[: 4 * self._batch * (limit + 1)]
         vectors = [self._y, self._Hy, self._r, self._p, self._Hp, z, self._q if self._q is not None else self._r]
         states = self._host.to(self._r.device) if on_cuda else self._host
         calls, self._extra_products = 0, 0
@@ -218,7 +218,7 @@ class CappedSolver:
             statuses = table[:, _STATUS].tolist()
             if _INTERRUPTED in statuses:
                 raise KeyboardInterrupt
-            if _IS_SUSPECT not in statuses or not self._settle(statuses, H, g, arrays.view(self._batch, 3, -1)):
+            if _IS_SUSPECT not in statuses or not self._settle(statuses, H, g, arrays.view(self._batch, 4, -1)):
                 break
             resume = True
             if on_cuda:
@@ -344,7 +344,7 @@ def capped_cg(
     Notes
     -----
     At most ``min(n, O(sqrt(kappa) log(kappa / zeta)))`` iterations in exact arithmetic, one product each, and 14 words
-    of memory traffic per unknown beside it. Memory: 5 vectors and 3 numbers an iteration. Sums are accumulated in
+    of memory traffic per unknown beside it. Memory: 5 vectors and 4 numbers an iteration. Sums are accumulated in
     double precision in an order that depends on the size alone: any number of threads gives the same bits.
 
     Source: Royer, O'Neill & Wright, *A Newton-CG algorithm with complexity guarantees for smooth unconstrained
