@@ -113,8 +113,13 @@ def run(folder: Path, size: Literal["small", "full"] = "full") -> StationReport:
     best = results[0][1]
     sign = 1.0 if float(m.picture.reshape(-1) @ best.x) >= 0 else -1.0
     pictures = (
-        album.add("truth", _as_image(m.picture), "The picture.", "Grey picture of a cat's face, coarse pixels."),
-        album.add("start", _as_image(near_zero.view(side, side)), "Where all start.", "An even grey square."),
+        album.add("truth", _as_image(m.picture), "The picture.", "Grey picture of a cat's face in coarse pixels."),
+        album.add(
+            "intensities",
+            _as_image(2.5 * (m.y[: side * side].view(side, side) / m.y.max() * 2 - 1)),
+            "A sixth of what is known: intensities.",
+            "Grey noise, mostly dark, in which nothing can be recognised.",
+        ),
         album.add(
             "found", _as_image(sign * best.x.view(side, side)), "What arncg found.", "The same picture of a cat's face."
         ),
