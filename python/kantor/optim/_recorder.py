@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ class Limits:
     max_iter: int
     max_hvp: float = math.inf
     max_seconds: float = math.inf
+
+
+def warn_unless_converged(result: OptimizeResult, function: str) -> None:
+    """Warn once when the tolerance was not reached, for the caller of the public function."""
+    if not result.converged and result.status not in (OptimizeStatus.STOPPED, OptimizeStatus.INTERRUPTED):
+        warnings.warn(f"{function}: {result.message}", RuntimeWarning, stacklevel=3)
 
 
 class Interrupted(Exception):

@@ -20,7 +20,7 @@ from kantor.linalg import Diagonal, LinearOperator
 from kantor.linalg.capped_cg import CappedSolver
 from kantor.optim._gns_systems import TINY, Metric, Systems
 from kantor.optim._objective import Objective, Point
-from kantor.optim._recorder import Callback, Interrupted, Limits, Recorder
+from kantor.optim._recorder import Callback, Interrupted, Limits, Recorder, warn_unless_converged
 from kantor.optim._result import OptimizeResult, OptimizeStatus
 from kantor.optim.curvature import Products, as_curvature_operator
 
@@ -160,10 +160,12 @@ def minimize_gns(
     except Interrupted as over:
         status = over.status
     g = objective.gradient(point)
-    return recorder.result(
+    result = recorder.result(
         point.x, point.f, g, B.dual_norm(g), status, recorder.iterations, {"gamma0": gamma}, gamma=gamma,
         n_solve=systems.n_solve,
     )  # fmt: skip
+    warn_unless_converged(result, "minimize_gns")
+    return result
 
 
 def _search(

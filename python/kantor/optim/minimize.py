@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,8 +11,8 @@ import numpy as np
 from kantor.optim import arncg as _arncg
 from kantor.optim._delegates import DELEGATED, minimize_delegated
 from kantor.optim._objective import Objective
-from kantor.optim._recorder import Callback, Limits
-from kantor.optim._result import OptimizeResult, OptimizeStatus
+from kantor.optim._recorder import Callback, Limits, warn_unless_converged
+from kantor.optim._result import OptimizeResult
 from kantor.optim.gns import minimize_gns
 
 Method = Literal["arncg", "gns", "trust-krylov", "trust-ncg", "newton-cg", "lbfgs"]
@@ -172,8 +171,8 @@ def minimize(
             objective, method, tol=tol, limits=limits, callback=callback, progress=progress, interrupt=interrupt,
             options=options,
         )  # fmt: skip
-    if not result.converged and result.status not in (OptimizeStatus.STOPPED, OptimizeStatus.INTERRUPTED):
-        warnings.warn(f"minimize: {result.message}", RuntimeWarning, stacklevel=2)
+    if method != "gns":  # which has warned
+        warn_unless_converged(result, "minimize")
     return result
 
 
