@@ -10,7 +10,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from importlib.metadata import version as _distribution_version
 
-from kantor import _C, cuda, linalg
+from kantor import _C, cuda, linalg, optim
 from kantor._errors import BackendUnavailable, ConvergenceError, KantorError, NumericalBreakdown
 
 __version__: str = _C.__version__
@@ -29,4 +29,5 @@ __all__ = [
     "__version__",
     "cuda",
     "linalg",
+    "optim",
 ]

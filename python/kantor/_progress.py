@@ -36,7 +36,9 @@ def _ignore(iteration: int, residual_norm: float, target: float) -> None:
 
 
 @contextmanager
-def progress_bar(enabled: bool, description: str, rtol: float) -> Iterator[Update]:
+def progress_bar(
+    enabled: bool, description: str, rtol: float, quantity: str = "residual", goal: str = "rtol"
+) -> Iterator[Update]:
     """Context manager yielding ``update(iteration, residual_norm, target)``.
 
     The first call of ``update`` sets the starting residual. With tqdm installed a bar is drawn on stderr; without it
@@ -51,6 +53,8 @@ def progress_bar(enabled: bool, description: str, rtol: float) -> Iterator[Updat
         Short name shown in front of the bar, such as ``"cg"``.
     rtol : float
         Requested relative residual, shown as the goal.
+    quantity, goal : str
+        What is counted down, and what its goal is called.
     """
     if not enabled:
         yield _ignore
@@ -58,7 +62,7 @@ def progress_bar(enabled: bool, description: str, rtol: float) -> Iterator[Updat
     try:
         from tqdm import tqdm
     except ImportError:
-        yield from _logged(description, rtol)
+        yield from _logged(description, rtol, quantity, goal)
         return
 
     bar = tqdm(
@@ -75,7 +79,7 @@ def progress_bar(enabled: bool, description: str, rtol: float) -> Iterator[Updat
         iteration, residual, target = last
         # The residual of CG may rise between iterations; a bar that runs backwards only confuses.
         bar.n = max(bar.n, log_fraction(initial, residual, target))
-        bar.set_postfix_str(f"iteration {iteration}, residual {residual:.1e}, rtol {rtol:.0e}", refresh=False)
+        bar.set_postfix_str(f"iteration {iteration}, {quantity} {residual:.1e}, {goal} {rtol:.0e}", refresh=False)
         bar.refresh()
 
     def update(iteration: int, residual_norm: float, target: float) -> None:
@@ -96,7 +100,7 @@ def progress_bar(enabled: bool, description: str, rtol: float) -> Iterator[Updat
         bar.close()
 
 
-def _logged(description: str, rtol: float) -> Iterator[Update]:
+def _logged(description: str, rtol: float, quantity: str, goal: str) -> Iterator[Update]:
     """Report progress like :func:`progress_bar`, through the logging module."""
     logger = logging.getLogger("kantor")
     last = (0, math.nan, math.nan)
@@ -105,7 +109,14 @@ def _logged(description: str, rtol: float) -> Iterator[Update]:
     def record() -> None:
         iteration, residual, target = last
         logger.info(
-            "%s: iteration %d, residual %.3e, target %.3e (rtol %.0e)", description, iteration, residual, target, rtol
+            "%s: iteration %d, %s %.3e, target %.3e (%s %.0e)",
+            description,
+            iteration,
+            quantity,
+            residual,
+            target,
+            goal,
+            rtol,
         )
 
     def update(iteration: int, residual_norm: float, target: float) -> None:

@@ -478,3 +478,25 @@ def test_numbers_may_be_arrays() -> None:
     expected = capped_cg(H, G, damping=damping, rtol=torch.full((7,), 0.1))
     got = capped_cg(H, G, damping=damping.numpy(), rtol=np.full(7, 0.1))
     assert torch.equal(got.d, expected.d)
+
+
+@pytest.mark.gpu
+def test_torch_does_not_synchronise_inside_a_window(device: str) -> None:
+    """With a torch function as operator: no call between two looks makes the host wait."""
+    if device != "cuda":
+        pytest.skip("about CUDA's synchronisation")
+    d = torch.logspace(0, 3, 500, dtype=F64, device="cuda")
+    calls = 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        torch.cuda.set_sync_debug_mode("error" if 2 <= calls < 8 else "default")
+        return d * v
+
+    try:
+        result = capped_cg(product, torch.ones_like(d), damping=1e-3, check_every=8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.status is CappedCGStatus.SOL
+    assert calls > 8

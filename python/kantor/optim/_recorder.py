@@ -91,7 +91,7 @@ class Recorder:
     @contextmanager
     def watching(self, progress: bool, interrupt: Literal["raise", "return"]) -> Iterator[None]:
         """Around a run: the progress bar, and Ctrl-C as :class:`Interrupted` where it is to return."""
-        with progress_bar(progress, self.method, self.tol) as update:
+        with progress_bar(progress, self.method, self.tol, "gradient norm", "tol") as update:
             self._bar = update if progress else None
             try:
                 yield
