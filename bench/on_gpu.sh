@@ -80,6 +80,7 @@ step "gpu tests" 100 "$python" -m pytest -m gpu -q --maxfail=20 --continue-on-co
   tests
 rm -f "$out/roofline.jsonl" "$out/cg.jsonl" # so that no old figure is taken for a new one
 step roofline 45 "$python" bench/roofline.py --device cuda -o "$out/roofline.jsonl"
+step "capped conjugate gradients" 40 "$python" bench/linalg/bench_capped.py --device cuda --size 10000000
 left=$((limit - SECONDS - 15))
 step "conjugate gradients" 220 "$python" bench/run.py cg --device cuda --threads 1 --sizes 64 128 256 512 \
   --dtypes float64 float32 --repeats 3 --time-limit "$((left < 200 ? left : 200))" -o "$out"

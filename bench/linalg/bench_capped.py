@@ -1,6 +1,6 @@
 """Capped conjugate gradients: time of an iteration against the same loop in torch, and against memory traffic.
 
-    python bench/linalg/bench_capped.py --size 1000000 --threads 2
+    python bench/linalg/bench_capped.py --size 1000000 --threads 2 [--device cuda]
 
 The torch loop is written as well as torch allows: in place, without temporaries, norms by dot products. Every operator
 is used by both: a diagonal and a tridiagonal matrix natively by Kantor and as torch operations by the loop, a diagonal
@@ -62,38 +62,48 @@ class TorchLoop:
                 return
 
 
+def wait() -> None:
+    """Until a GPU has done what it was asked."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def slope(run: Callable[[int], Any], repeats: int, few: int = 5, many: int = 25) -> list[float]:
     """Seconds an iteration, per repetition."""
     run(few)
+    wait()
     out = []
     for _ in range(repeats):
         times = []
         for count in (few, many):
             started = time.perf_counter()
             run(count)
+            wait()
             times.append(time.perf_counter() - started)
         out.append((times[1] - times[0]) / (many - few))
     return out
 
 
-def copy_speed(elements: int, repeats: int = 9) -> float:
+def copy_speed(elements: int, device: str, repeats: int = 9) -> float:
     """Bytes a second of a copy between vectors whose sizes add up to the working set of the loop."""
-    a, b = torch.ones(elements, dtype=torch.float64), torch.empty(elements, dtype=torch.float64)
+    a = torch.ones(elements, dtype=torch.float64, device=device)
+    b = torch.empty_like(a)
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         b.copy_(a)
+        wait()
         seconds.append(time.perf_counter() - started)
     return 16 * elements / min(seconds)
 
 
-def problems(n: int) -> list[tuple[str, LinearOperator | None, Product]]:
+def problems(n: int, device: str) -> list[tuple[str, LinearOperator | None, Product]]:
     """Name, native operator, and the product in torch."""
-    d = torch.logspace(0, 4, n, dtype=torch.float64)
-    f = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / math.sqrt(n)
-    out = torch.empty(n, dtype=torch.float64)
-    side = torch.full((n - 1,), -1.0, dtype=torch.float64)
-    row = torch.arange(n)
+    d = torch.logspace(0, 4, n, dtype=torch.float64, device=device)
+    f = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device) / math.sqrt(n)
+    out = torch.empty_like(d)
+    side = torch.full((n - 1,), -1.0, dtype=torch.float64, device=device)
+    row = torch.arange(n, device=device)
     rows = torch.cat([row, row[:-1], row[1:]])
     cols = torch.cat([row, row[1:], row[:-1]])
     A = CSR.from_coo(rows, cols, torch.cat([d + 2, side, side]), (n, n))
@@ -102,17 +112,18 @@ def problems(n: int) -> list[tuple[str, LinearOperator | None, Product]]:
     return [
         ("diagonal", Diagonal(d), lambda v: torch.mul(d, v, out=out)),
         ("tridiagonal CSR", A, lambda v: sparse @ v),
-        ("diagonal + rank one, a function", None, lambda v: torch.mul(d, v, out=out).add_(f, alpha=float(f @ v))),
+        ("diagonal + rank one, a function", None, lambda v: torch.mul(d, v, out=out).addcmul_(f, f @ v)),
     ]
 
 
-def large(n: int, repeats: int) -> None:
+def large(n: int, repeats: int, device: str) -> None:
     """Iterations limited by memory."""
-    g = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    speed = copy_speed(5 * n // 2)
-    print(f"n = {n:,}, {torch.get_num_threads()} threads; a copy of that size moves {speed / 1e9:.1f} GB/s")
+    g = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    speed = copy_speed(5 * n // 2, device)
+    where = device if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"n = {n:,}, {where}; a copy of that size moves {speed / 1e9:.1f} GB/s")
     print(f"{'operator':<34} {'torch ms':>9} {'Kantor ms':>10} {'ratio':>6} {'product ms':>11} {'of the floor':>13}")
-    for name, A, product in problems(n):
+    for name, A, product in problems(n, device):
         loop, solver = TorchLoop(g), CappedSolver(g)
         H = product if A is None else A.encode()
 
@@ -132,6 +143,7 @@ def large(n: int, repeats: int) -> None:
         for _ in range(20):
             started = time.perf_counter()
             apply(v)
+            wait()
             times.append(time.perf_counter() - started)
         a, b = statistics.median(torch_loop), statistics.median(mine)
         alone = statistics.median(times)
@@ -174,10 +186,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    large(arguments.size, arguments.repeats)
+    large(arguments.size, arguments.repeats, arguments.device)
     small(256, arguments.repeats)
 
 
