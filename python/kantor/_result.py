@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -15,50 +15,79 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class SolveStatus(str, Enum):
-    """How a linear solve ended: ``str(status)`` is the plain word, ``status.advice`` what it means and what to try."""
+class Status(str, Enum):
+    """A word for how something ended, which equals its string, with advice.
 
-    CONVERGED = "converged"
-    MAXITER = "maxiter"
-    NEGATIVE_CURVATURE = "negative_curvature"
-    SINGULAR = "singular"
-    STAGNATED = "stagnated"
-    BREAKDOWN = "breakdown"
-    INTERRUPTED = "interrupted"
-    STOPPED = "stopped"
-    INDEFINITE_PRECONDITIONER = "indefinite_preconditioner"
-    UNCHECKED = "unchecked"
+    Attributes
+    ----------
+    advice : str
+        What happened and what to try, in one or two sentences.
+    """
+
+    advice: str
+
+    def __new__(cls, word: str, advice: str) -> Self:
+        """Make a member; its value is the word alone."""
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.advice = advice
+        return member
 
     def __str__(self) -> str:
-        return self.value
-
-    @property
-    def advice(self) -> str:
-        """What happened and what to try, in one or two sentences."""
-        return _ADVICE[self]
+        return str(self.value)
 
 
-_ADVICE = {
-    SolveStatus.CONVERGED: "The true residual meets the tolerance.",
-    SolveStatus.MAXITER: "The iteration limit was reached before the tolerance: raise maxiter, loosen rtol, or use a "
-    "preconditioner (M='jacobi' or M='ic0'). To go on from here pass x0=result.x.",
-    SolveStatus.NEGATIVE_CURVATURE: "A direction d with d'Ad < 0 was met: A is not positive definite. The direction is "
-    "result.direction, its curvature result.curvature. For an indefinite A use another method (MINRES in scipy); in a "
-    "minimisation the direction is a descent direction.",
-    SolveStatus.SINGULAR: "A direction of zero curvature was met: A is singular to working precision and b is not "
-    "in its range, or A is indefinite, or conditioned worse than 1/eps. If A is semidefinite, remove its null space "
-    "from b (for pure Neumann problems: the mean), or add a shift. The direction is result.direction.",
-    SolveStatus.STAGNATED: "The true residual stopped falling above the tolerance: it has reached the rounding level "
-    "of this dtype. Use float64, storage=torch.float32 with float64 input, or a looser rtol.",
-    SolveStatus.BREAKDOWN: "The iteration produced NaN or infinity: look for overflow in the operator or the "
-    "preconditioner.",
-    SolveStatus.INTERRUPTED: "Interrupted by Ctrl-C: x is the last iterate. To go on pass x0=result.x.",
-    SolveStatus.STOPPED: "Stopped by the callback: x is the last iterate.",
-    SolveStatus.UNCHECKED: "The solve ran inside torch.compile, export or vmap, where its numbers cannot be looked at: "
-    "only x is known. Check the residual yourself.",
-    SolveStatus.INDEFINITE_PRECONDITIONER: "The preconditioner gave r'Mr <= 0: it is not positive definite. Use a "
-    "symmetric positive definite M, such as 'jacobi' on a matrix with a positive diagonal.",
-}
+class SolveStatus(Status):
+    """How a linear solve ended: ``str(status)`` is the plain word, ``status.advice`` what it means and what to try."""
+
+    CONVERGED = (
+        "converged",
+        "The true residual meets the tolerance.",
+    )
+    MAXITER = (
+        "maxiter",
+        "The iteration limit was reached before the tolerance: raise maxiter, loosen rtol, or use a "
+        "preconditioner (M='jacobi' or M='ic0'). To go on from here pass x0=result.x.",
+    )
+    NEGATIVE_CURVATURE = (
+        "negative_curvature",
+        "A direction d with d'Ad < 0 was met: A is not positive definite. The direction is "
+        "result.direction, its curvature result.curvature. For an indefinite A use another method (MINRES in scipy); in "
+        "a minimisation the direction is a descent direction.",
+    )
+    SINGULAR = (
+        "singular",
+        "A direction of zero curvature was met: A is singular to working precision and b is not "
+        "in its range, or A is indefinite, or conditioned worse than 1/eps. If A is semidefinite, remove its null "
+        "space from b (for pure Neumann problems: the mean), or add a shift. The direction is result.direction.",
+    )
+    STAGNATED = (
+        "stagnated",
+        "The true residual stopped falling above the tolerance: it has reached the rounding level "
+        "of this dtype. Use float64, storage=torch.float32 with float64 input, or a looser rtol.",
+    )
+    BREAKDOWN = (
+        "breakdown",
+        "The iteration produced NaN or infinity: look for overflow in the operator or the preconditioner.",
+    )
+    INTERRUPTED = (
+        "interrupted",
+        "Interrupted by Ctrl-C: x is the last iterate. To go on pass x0=result.x.",
+    )
+    STOPPED = (
+        "stopped",
+        "Stopped by the callback: x is the last iterate.",
+    )
+    INDEFINITE_PRECONDITIONER = (
+        "indefinite_preconditioner",
+        "The preconditioner gave r'Mr <= 0: it is not positive definite. Use a "
+        "symmetric positive definite M, such as 'jacobi' on a matrix with a positive diagonal.",
+    )
+    UNCHECKED = (
+        "unchecked",
+        "The solve ran inside torch.compile, export or vmap, where its numbers cannot be looked at: "
+        "only x is known. Check the residual yourself.",
+    )
 
 
 @dataclass(frozen=True)
@@ -183,4 +212,4 @@ class SolveResult:
         return "\n".join(lines)
 
 
-__all__ = ["History", "SolveResult", "SolveStatus"]
+__all__ = ["History", "SolveResult", "SolveStatus", "Status"]

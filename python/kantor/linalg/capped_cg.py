@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable as CallableType
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 from kantor import _C
 from kantor._checks import check_finite, check_float, check_same, check_tensor
 from kantor._ops import backend
+from kantor._result import Status
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded
 from kantor.linalg._operator import LinearOperator, as_operator
@@ -37,30 +37,27 @@ _STATUS, _ITERATIONS, _PRODUCTS, _RESIDUAL_NORM, _CURVATURE, _ALONG_P, _SUSPECT,
 _RUNNING, _NC, _TERM, _INTERRUPTED, _IS_SUSPECT = 0, 2, 3, 5, 6
 
 
-class CappedCGStatus(str, Enum):
+class CappedCGStatus(Status):
     """How a capped solve ended: ``str(status)`` is the plain word, ``status.advice`` what it means."""
 
-    SOL = "SOL"
-    NC = "NC"
-    TERM = "TERM"
-    BREAKDOWN = "BREAKDOWN"
+    SOL = (
+        "SOL",
+        "d solves (H + 2 damping I) d = -g to the accuracy asked; it is a descent direction.",
+    )
+    NC = (
+        "NC",
+        "d'Hd < -damping |d|^2: H is not positive semidefinite, and d is the proof.",
+    )
+    TERM = (
+        "TERM",
+        "The iteration limit was reached first: d is the last iterate. Raise max_iter or loosen rtol.",
+    )
+    BREAKDOWN = (
+        "BREAKDOWN",
+        "The products or the preconditioner gave NaN or infinity, or the preconditioner is not positive definite.",
+    )
 
-    def __str__(self) -> str:
-        return self.value
 
-    @property
-    def advice(self) -> str:
-        """What happened, in one sentence."""
-        return _ADVICE[self]
-
-
-_ADVICE = {
-    CappedCGStatus.SOL: "d solves (H + 2 damping I) d = -g to the accuracy asked; it is a descent direction.",
-    CappedCGStatus.NC: "d'Hd < -damping |d|^2: H is not positive semidefinite, and d is the proof.",
-    CappedCGStatus.TERM: "The iteration limit was reached first: d is the last iterate. Raise max_iter or loosen rtol.",
-    CappedCGStatus.BREAKDOWN: "The products or the preconditioner gave NaN or infinity, or the preconditioner is not "
-    "positive definite.",
-}
 _STATUSES = {1: CappedCGStatus.SOL, 2: CappedCGStatus.NC, 3: CappedCGStatus.TERM, 4: CappedCGStatus.BREAKDOWN}
 
 
@@ -427,7 +424,7 @@ def _scaled_solve(
         check_every=check_every,
     )  # fmt: skip
     systems = [solver.outcome(k) for k in range(1 if g.ndim == 1 else g.shape[0])]
-    statuses = [CappedCGStatus(s.status) for s in systems]
+    statuses = [CappedCGStatus[s.status] for s in systems]
     shown = next((k for k, s in enumerate(statuses) if s is not CappedCGStatus.SOL), 0)
     residuals = np.array([s.residual_norm for s in systems]) * scale
     return CappedCGResult(

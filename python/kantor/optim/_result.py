@@ -3,64 +3,72 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from kantor._errors import ConvergenceError
+from kantor._result import Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class OptimizeStatus(str, Enum):
+class OptimizeStatus(Status):
     """How a minimisation ended: ``str(status)`` is the plain word, ``status.advice`` what it means and what to try."""
 
-    CONVERGED = "converged"
-    MAX_ITER = "max_iter"
-    MAX_HVP = "max_hvp"
-    MAX_SECONDS = "max_seconds"
-    LINE_SEARCH = "line_search"
-    STALLED = "stalled"
-    NON_FINITE = "non_finite"
-    UNBOUNDED = "unbounded"
-    STOPPED = "stopped"
-    INTERRUPTED = "interrupted"
-    FAILED = "failed"
-
-    def __str__(self) -> str:
-        return self.value
-
-    @property
-    def advice(self) -> str:
-        """What happened and what to try, in one or two sentences."""
-        return _ADVICE[self]
-
-
-_ADVICE = {
-    OptimizeStatus.CONVERGED: "The gradient norm meets the tolerance.",
-    OptimizeStatus.MAX_ITER: "The iteration limit was reached before the tolerance: raise max_iter or tol. To go on "
-    "from here pass **result.state instead of x0.",
-    OptimizeStatus.MAX_HVP: "The limit of Hessian-vector products was reached before the tolerance: raise max_hvp. To "
-    "go on from here pass **result.state instead of x0.",
-    OptimizeStatus.MAX_SECONDS: "The time limit was reached before the tolerance. To go on from here pass "
-    "**result.state instead of x0.",
-    OptimizeStatus.LINE_SEARCH: "No step lowered the function however short it was: value, gradient and Hessian "
-    "products do not belong together, or their rounding errors are larger than the decrease. Check grad and hvp, or "
-    "use float64.",
-    OptimizeStatus.STALLED: "Value and gradient stopped changing above the tolerance: they have reached the rounding "
-    "level of this dtype. Use float64 or a larger tol.",
-    OptimizeStatus.NON_FINITE: "NaN or infinite values all around the last point: look for overflow, or logarithms and "
-    "roots of negative numbers, in fun, grad and hvp. The result is the last point with finite values.",
-    OptimizeStatus.UNBOUNDED: "The function falls without end along the steps: it seems to be unbounded below. Check "
-    "its sign, or add a regularising term.",
-    OptimizeStatus.STOPPED: "Stopped by the callback: x is the last iterate.",
-    OptimizeStatus.INTERRUPTED: "Interrupted by Ctrl-C: x is the last iterate. To go on pass **result.state instead of "
-    "x0.",
-    OptimizeStatus.FAILED: "The library that this method is delegated to gave up; its own words are in result.message.",
-}
+    CONVERGED = (
+        "converged",
+        "The gradient norm meets the tolerance.",
+    )
+    MAX_ITER = (
+        "max_iter",
+        "The iteration limit was reached before the tolerance: raise max_iter or tol. To go on "
+        "from here pass **result.state instead of x0.",
+    )
+    MAX_HVP = (
+        "max_hvp",
+        "The limit of Hessian-vector products was reached before the tolerance: raise max_hvp. To "
+        "go on from here pass **result.state instead of x0.",
+    )
+    MAX_SECONDS = (
+        "max_seconds",
+        "The time limit was reached before the tolerance. To go on from here pass **result.state instead of x0.",
+    )
+    LINE_SEARCH = (
+        "line_search",
+        "No step lowered the function however short it was: value, gradient and Hessian "
+        "products do not belong together, or their rounding errors are larger than the decrease. Check grad and hvp, "
+        "or use float64.",
+    )
+    STALLED = (
+        "stalled",
+        "Value and gradient stopped changing above the tolerance: they have reached the rounding "
+        "level of this dtype. Use float64 or a larger tol.",
+    )
+    NON_FINITE = (
+        "non_finite",
+        "NaN or infinite values all around the last point: look for overflow, or logarithms and "
+        "roots of negative numbers, in fun, grad and hvp. The result is the last point with finite values.",
+    )
+    UNBOUNDED = (
+        "unbounded",
+        "The function falls without end along the steps: it seems to be unbounded below. Check "
+        "its sign, or add a regularising term.",
+    )
+    STOPPED = (
+        "stopped",
+        "Stopped by the callback: x is the last iterate.",
+    )
+    INTERRUPTED = (
+        "interrupted",
+        "Interrupted by Ctrl-C: x is the last iterate. To go on pass **result.state instead of x0.",
+    )
+    FAILED = (
+        "failed",
+        "The library that this method is delegated to gave up; its own words are in result.message.",
+    )
 
 
 @dataclass(frozen=True, repr=False)
