@@ -52,8 +52,8 @@ class SolveStatus(Status):
     NEGATIVE_CURVATURE = (
         "negative_curvature",
         "A direction d with d'Ad < 0 was met: A is not positive definite. The direction is "
-        "result.direction, its curvature result.curvature. For an indefinite A use another method (MINRES in scipy); in "
-        "a minimisation the direction is a descent direction.",
+        "result.direction, its curvature result.curvature. For an indefinite A use another method (MINRES in scipy); "
+        "in a minimisation the direction is a descent direction.",
     )
     SINGULAR = (
         "singular",
