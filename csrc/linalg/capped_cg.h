@@ -27,6 +27,7 @@ enum class CappedStatus : int32_t {
   breakdown = 4,           // NaN or infinity
   interrupted = 5,
   suspect = 6,  // test 4: y+ - y_i seems to have negative curvature; the caller looks at it
+  indefinite_preconditioner = 7,
 };
 
 // When |r| is small enough.
@@ -104,7 +105,8 @@ KANTOR_HD void capped_start(CappedState& s, double rr) {
 // After z = M r: beta = rz_new / rz_old.
 KANTOR_HD void capped_after_precondition(CappedState& s, double rz, double zz) {
   if (!s.running()) return;
-  if (!std::isfinite(rz) || rz <= 0) return s.finish(CappedStatus::breakdown);
+  if (!std::isfinite(rz)) return s.finish(CappedStatus::breakdown);
+  if (rz <= 0) return s.finish(CappedStatus::indefinite_preconditioner);
   s.beta = s.rz > 0 ? rz / s.rz : 0;
   s.rz = rz;
   s.zz = zz;

@@ -397,6 +397,21 @@ def test_strided_right_hand_sides_and_products() -> None:
     torch.testing.assert_close(product.d, strided.d, rtol=1e-9, atol=1e-11)
 
 
+def test_lazy_negations_and_zeros_are_read_as_values() -> None:
+    H, G, damping = batch()
+    plain = capped_cg(lambda v: -(v @ H), G, damping=damping)
+    lazy = capped_cg(lambda v: torch._neg_view(v @ H), G, damping=damping)
+    assert torch.equal(plain.d, lazy.d)
+    zeros = capped_cg(lambda v: torch._efficientzerotensor(v.shape, dtype=v.dtype), G, damping=damping)
+    torch.testing.assert_close(zeros.d, -G / (2 * damping).unsqueeze(-1))
+
+
+def test_indefinite_preconditioner_is_told() -> None:
+    result = capped_cg(torch.eye(3, dtype=F64), torch.ones(3, dtype=F64), damping=0.1, M_inv=lambda r: -r)
+    assert result.status is CappedCGStatus.INDEFINITE_PRECONDITIONER
+    assert "not positive definite" in repr(result)
+
+
 class Budget(RuntimeError):
     pass
 

@@ -410,6 +410,20 @@ def test_bad_input_says_what_was_wrong(arguments: dict[str, Any], error: type[Ex
         minimize(given.pop("fun"), given.pop("x0"), **given)
 
 
+def test_preconditioner_must_be_positive_definite() -> None:
+    with pytest.raises(ValueError, match="preconditioner: expected a positive definite one"):
+        minimize(lambda x: x.square().sum(), torch.ones(5, dtype=F64), preconditioner=lambda x: lambda r: -r)
+    with pytest.raises(ValueError, match="preconditioner"):
+        minimize(lambda x: x.square().sum(), torch.ones(5, dtype=F64), preconditioner="jacobi")
+
+
+def test_gradients_that_do_not_change_have_no_hessian() -> None:
+    """torch answers with zeros that have no memory."""
+    with pytest.warns(RuntimeWarning):
+        result = minimize(lambda x: x.abs().sum(), torch.tensor([2.0, -1.0], dtype=F64), max_iter=200)
+    assert result.fun < 0.1
+
+
 def test_function_that_cannot_be_differentiated_twice_asks_for_hvp() -> None:
     class Once(torch.autograd.Function):
         @staticmethod

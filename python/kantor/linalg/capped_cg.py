@@ -52,13 +52,20 @@ class CappedCGStatus(Status):
         "TERM",
         "The iteration limit was reached first: d is the last iterate. Raise max_iter or loosen rtol.",
     )
-    BREAKDOWN = (
-        "BREAKDOWN",
-        "The products or the preconditioner gave NaN or infinity, or the preconditioner is not positive definite.",
+    BREAKDOWN = ("BREAKDOWN", "The products or the preconditioner gave NaN or infinity.")
+    INDEFINITE_PRECONDITIONER = (
+        "INDEFINITE_PRECONDITIONER",
+        "The preconditioner gave r'Mr <= 0: it is not positive definite.",
     )
 
 
-_STATUSES = {1: CappedCGStatus.SOL, 2: CappedCGStatus.NC, 3: CappedCGStatus.TERM, 4: CappedCGStatus.BREAKDOWN}
+_STATUSES = {
+    1: CappedCGStatus.SOL,
+    2: CappedCGStatus.NC,
+    3: CappedCGStatus.TERM,
+    4: CappedCGStatus.BREAKDOWN,
+    7: CappedCGStatus.INDEFINITE_PRECONDITIONER,
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +75,7 @@ class CappedCGResult:
     Attributes
     ----------
     status : CappedCGStatus
-        SOL, NC, TERM or BREAKDOWN.
+        SOL, NC, TERM, BREAKDOWN or INDEFINITE_PRECONDITIONER.
     d : Tensor
         The direction, shaped like g.
     n_iter : int
@@ -419,9 +426,9 @@ def _scaled_solve(
     solver = CappedSolver(g)
     scale = size.squeeze(-1).cpu().numpy() if g.ndim == 2 else float(size)
     solver.solve(
-        operator.encode() if operator.is_native else operator.matvec, g / factor, numbers["damping"], numbers["rtol"],
-        rule=rule, atol=numbers["atol"] / scale, hnorm=numbers["hnorm"], max_iter=max_iter, M_inv=preconditioner,
-        check_every=check_every,
+        operator.encode() if operator.is_native else lambda v: plain(operator.matvec(v)),
+        g / factor, numbers["damping"], numbers["rtol"], rule=rule, atol=numbers["atol"] / scale,
+        hnorm=numbers["hnorm"], max_iter=max_iter, M_inv=preconditioner, check_every=check_every,
     )  # fmt: skip
     systems = [solver.outcome(k) for k in range(1 if g.ndim == 1 else g.shape[0])]
     statuses = [CappedCGStatus[s.status] for s in systems]
@@ -457,6 +464,11 @@ def _numbers(
     if not np.all(fine(array)):
         raise ValueError(f"capped_cg: {name}: expected a number {expected}, got {value!r}")
     return float(array) if array.ndim == 0 else array
+
+
+def plain(product: Tensor) -> Tensor:
+    """The tensor with memory that native code may read: neither a lazy negation nor one of autograd's lazy zeros."""
+    return product.clone() if product.is_neg() or product._is_zerotensor() else product
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

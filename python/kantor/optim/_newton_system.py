@@ -61,6 +61,8 @@ class Solver:
         limit = self._limit(request.limit, budget)
         self._run(hessian, right, request.damping, request.rtol, limit, request.probe, M_inv)
         outcome, d = self._capped.outcome(), self._capped.d
+        if outcome.status == "INDEFINITE_PRECONDITIONER":
+            raise ValueError("minimize: preconditioner: expected a positive definite one, got r'Mr <= 0")
         return _direction(outcome.status, norm(d), dot(g, d), outcome.curvature, M_inv is not None)
 
     def solve_batch(

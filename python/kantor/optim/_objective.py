@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kantor._checks import check_float, check_tensor
+from kantor.linalg.capped_cg import plain
 
 Product = Callable[[Tensor], Tensor]
 
@@ -184,7 +185,7 @@ class Objective:
                 raise RuntimeError(
                     f"{self.name}: fun cannot be differentiated twice by torch ({error}); pass hvp="
                 ) from error
-            return torch.zeros_like(v) if product is None else product
+            return torch.zeros_like(v) if product is None else plain(product)
 
         return by_autograd
 
@@ -246,7 +247,7 @@ class Objective:
                 f"{self.name}: {what}: expected {self.dtype} on {self.device}, got {value.dtype} on {value.device}"
             )
         flat: Tensor = value if self._is_flat else value.reshape(self.start.shape)
-        return flat
+        return flat if self.numpy else plain(flat)
 
 
 def _as_tensor(name: str, x0: Any) -> Tensor:
