@@ -99,6 +99,7 @@ class Objective:
         self.dtype, self.device = start.dtype, start.device
         self.n_fun = self.n_grad = self.n_hvp = 0
         self._constant_gradient: Tensor | None = None
+        self._sweeps = True
 
     # --- the three calls ---
 
@@ -188,6 +189,28 @@ class Objective:
             return torch.zeros_like(v) if product is None else plain(product)
 
         return by_autograd
+
+    def hessian_rows(self, point: Point) -> Product:
+        """The map of rows ``V -> (H v for v in V)``; with autograd all rows in one sweep, where torch can."""
+        product, g, leaf = self.hessian(point), point.graph, point.leaf
+
+        def one_by_one(V: Tensor) -> Tensor:
+            return torch.stack([product(v).clone() for v in V])
+
+        def at_once(V: Tensor) -> Tensor:
+            if g is None or leaf is None or len(V) == 1 or not self._sweeps:
+                return one_by_one(V)
+            try:
+                (rows,) = torch.autograd.grad(g, leaf, V, retain_graph=True, is_grads_batched=True, allow_unused=True)
+            except RuntimeError as error:
+                if type(error) is not RuntimeError:  # a callable's own exception
+                    raise
+                self._sweeps = False  # a function that vmap does not know
+                return one_by_one(V)
+            self.n_hvp += len(V)
+            return torch.zeros_like(V) if rows is None else plain(rows)
+
+        return at_once if self.product is None and g is not None and g.requires_grad else one_by_one
 
     # --- between flat vectors and what the user has in hand ---
 

@@ -212,15 +212,10 @@ def _curvature(curvature: Any, objective: Objective) -> Callable[[Point], Linear
     if isinstance(curvature, str):
         if curvature != "hessian":
             raise ValueError(f"minimize_gns: curvature: expected 'hessian', 'zero' or a callable, got {curvature!r}")
-        return lambda point: by_products(objective.hessian(point), point.x)
+        return lambda point: Products(objective.hessian_rows(point), point.x)
     if not callable(curvature):
         raise TypeError(f"minimize_gns: curvature: expected a name or a callable, got {type(curvature).__name__}")
     return lambda point: as_curvature_operator(curvature(objective.restore(point.x.clone())), point.x, "minimize_gns")
-
-
-def by_products(product: Callable[[Tensor], Tensor], like: Tensor) -> LinearOperator:
-    """An operator from the product with one vector."""
-    return Products(lambda V: torch.stack([product(v).clone() for v in V]), like)
 
 
 def _check(**values: tuple[Any, bool, str]) -> None:
