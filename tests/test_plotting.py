@@ -66,3 +66,27 @@ def test_missing_matplotlib_names_the_extra():
         "else:\n    raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_minimization_is_drawn_against_work_seconds_and_points():
+    from kantor.optim import minimize
+
+    result = minimize(lambda x: (x**4).sum(), torch.ones(3, dtype=torch.float64))
+    labels = {"work": "gradient equivalents", "seconds": "seconds", "points": "points"}
+    for against, label in labels.items():
+        ax = result.plot(against=against)
+        assert ax.get_xlabel() == label
+        norms = ax.get_lines()[0].get_ydata()
+        np.testing.assert_array_equal(norms, result.history["grad_norm"])
+        assert ax.get_yscale() == "log"
+    work = result.plot().get_lines()[0].get_xdata()
+    np.testing.assert_array_equal(work, result.history["n_grad"] + 2 * result.history["n_hvp"])
+    with pytest.raises(ValueError, match="against"):
+        result.plot(against="energy")
+
+
+def test_minimization_of_a_batch_draws_its_first_problem():
+    from kantor.optim import minimize
+
+    result = minimize(lambda X: (X**4).sum(-1), torch.ones(2, 3, dtype=torch.float64), batched=True)
+    np.testing.assert_array_equal(result.plot().get_lines()[0].get_ydata(), result.history["grad_norm"][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,11 @@ class _Shared:
         self.point = self.best = objective.evaluate(objective.start)
         if not np.isfinite(self.point.f):
             raise ValueError(f"{objective.name}: fun: expected a finite value at x0, got {self.point.f}")
+        G = norm(objective.gradient(self.point))
+        if not np.isfinite(G):
+            raise ValueError(f"{objective.name}: expected a finite gradient at x0, got norm {G}")
+        self.error: BaseException | None = None  # of a callable, where a library would swallow it
+        self._nonfinite = 0  # values in a row
         self._accepted: Tensor | None = None
         self._linearised: tuple[Point, Any] | None = None
 
@@ -32,6 +38,9 @@ class _Shared:
         """The point x; a repeated one costs nothing."""
         if not torch.equal(x, self.point.x):
             self.point = self.objective.evaluate(x.clone())
+            self._nonfinite = 0 if np.isfinite(self.point.f) else self._nonfinite + 1
+            if self._nonfinite >= 100:
+                raise Interrupted(OptimizeStatus.NON_FINITE)
         return self.point
 
     def accept(self, x: Tensor) -> None:
@@ -97,7 +106,7 @@ def minimize_delegated(
 
 def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
     try:
-        from scipy.optimize import minimize
+        from scipy.optimize import OptimizeWarning, minimize
     except ImportError as error:
         raise ImportError(f'minimize: method={method!r} needs SciPy: pip install "kantor[cli]"') from error
     objective, limits = shared.objective, shared.recorder.limits
@@ -108,25 +117,47 @@ def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
     def array(x: Tensor) -> Any:
         return x.detach().cpu().numpy().astype(np.float64)
 
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+        """SciPy takes some exceptions for its own (LinAlgError, StopIteration): keep them."""
+
+        def guard(*args: Any) -> Any:
+            try:
+                return call(*args)
+            except BaseException as error:
+                shared.error = error
+                raise
+
+        return guard
+
+    accept = guarded(lambda x: shared.accept(vector(x)))
+
     def callback(intermediate_result: Any) -> None:  # the name tells SciPy what to pass
-        shared.accept(vector(intermediate_result.x))
+        accept(intermediate_result.x)
 
     own = {"gtol": shared.tol} if method.startswith("trust") else {"xtol": 1e-300}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # SciPy's own, on its line search
-        answer: Any = minimize(  # type: ignore[call-overload]
-            lambda x: shared.at(vector(x)).f,
-            array(objective.start),
-            jac=lambda x: array(objective.gradient(shared.at(vector(x)))),
-            hessp=lambda x, v: array(shared.product(vector(x), vector(v))),
-            method=method,
-            callback=callback,
-            options={"maxiter": limits.max_iter, **own, **options},
-        )
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"scipy\.")  # on its line search
+        warnings.simplefilter("error", OptimizeWarning)  # unknown options
+        try:
+            answer: Any = minimize(  # type: ignore[call-overload]
+                guarded(lambda x: shared.at(vector(x)).f),
+                array(objective.start),
+                jac=guarded(lambda x: array(objective.gradient(shared.at(vector(x))))),
+                hessp=guarded(lambda x, v: array(shared.product(vector(x), vector(v)))),
+                method=method,
+                callback=callback,
+                options={"maxiter": limits.max_iter, **own, **options},
+            )
+        except OptimizeWarning as error:
+            raise TypeError(f"minimize: method={method!r}: {error}") from None
+    if shared.error is not None:
+        raise shared.error
+    if answer.status == 1:  # SciPy counts rejected steps as well
+        raise Interrupted(OptimizeStatus.MAX_ITER)
     x = vector(answer.x)
     if shared.at(x).f <= shared.best.f:
         shared.best = shared.at(x)
-    return str(answer.message)
+    return f"SciPy: {answer.message}"
 
 
 def _lbfgs(shared: _Shared, method: str, options: dict[str, Any]) -> str:

@@ -30,7 +30,9 @@ class Options:
     """Parameters of the method, named as in the paper; see :func:`kantor.optim.minimize`.
 
     ``eta`` bounds the relative accuracy of a system, ``rule`` says when it is solved (:func:`kantor.linalg.capped_cg`),
-    ``fallback`` is the paper's lambda, ``tau_minus``, ``tau_plus``, ``gamma`` rule the adaptation of M.
+    ``fallback`` is the paper's lambda, ``tau_minus``, ``tau_plus``, ``gamma`` rule the adaptation of M. Not in the
+    paper: ``adaptation="model"`` lets M follow the quadratic model instead, ``inner`` is then the least limit of
+    iterations in a system, and ``fast_reject`` raises M ever faster.
     """
 
     tol: float = 1e-5
@@ -175,7 +177,7 @@ def arncg(f: float, G: float, s: State, o: Options, dtype: torch.dtype = torch.f
             s.omega = omega
             if stationary:  # RON, procedure 2: is there curvature below -curvature_tol?
                 d: Direction = yield Solve((o.curvature_tol or 0.0) / 2, 0.01, probe=True)
-                if d.status != "NC":
+                if d.status not in ("NC", "BREAKDOWN"):
                     return OptimizeStatus.CONVERGED
             else:
                 damping = max(math.sqrt(s.M) * omega, 1e-150)

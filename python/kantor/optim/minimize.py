@@ -93,7 +93,7 @@ def minimize(
         What an earlier result's ``state`` holds: ``minimize(fun, **result.state)`` goes on where it ended.
     **options
         Further parameters of the method: for ``arncg`` ``eta, atol, fast_reject, mu, beta, m_max, gamma, tau_minus,
-        tau_plus, M0``; for ``gns`` those of :func:`minimize_gns`; for the others the library's own.
+        tau_plus, M0, adaptation, inner``; for ``gns`` those of :func:`minimize_gns`; for the others the library's own.
 
     Returns
     -------
