@@ -227,8 +227,9 @@ def test_suspicion_that_is_right_gives_a_direction() -> None:
         reference = capped_reference(H, g, eps, log_T_shift=shift)
         assert outcome.status == reference.status == "NC"
         found += outcome.n_iter == reference.iterations
-        solver, _ = injected(lambda v: H @ v, g, eps, shift)
+        solver, again = injected(lambda v: H @ v, g, eps, shift)
         d = solver.d
+        assert again.length == pytest.approx(float(d.norm()), rel=1e-14)
         assert float(d @ H @ d) < -eps * float(d @ d)
     assert found == 3
 
@@ -291,6 +292,8 @@ def test_finished_systems_are_left_alone_and_zero_ones_left_out() -> None:
     solver.solve(lambda v: 3 * v, G, damping.numpy(), 0.01, rule="step")
     assert torch.equal(solver.d[2], torch.zeros(40, dtype=F64))
     torch.testing.assert_close(solver.d, -G / (3 + 2 * damping).unsqueeze(-1))
+    for k in range(len(G)):
+        assert solver.outcome(k).length == pytest.approx(float(solver.d[k].norm()), rel=1e-14)
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -173,3 +175,134 @@ def test_values_that_are_not_finite(method: str) -> None:
         minimize(lambda x: x.sum() / 0, torch.ones(2, dtype=F64), method=method)
     with pytest.raises(ValueError, match="finite"):
         minimize(lambda x: x.abs().sqrt().sum(), torch.zeros(2, dtype=F64), method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_into_nan_are_taken_back(method: str) -> None:
+    evaluated = []
+
+    def fun(x: Any) -> float:  # NaN left of zero, where the second Newton step from 50 leads
+        with np.errstate(invalid="ignore"):
+            evaluated.append(float((x**4 / 4 - np.log(x)).sum() if method == "newton-cg" else (x - np.log(x)).sum()))
+        return evaluated[-1]
+
+    def grad(x: Any) -> Any:
+        return x**3 - 1 / x if method == "newton-cg" else 1 - 1 / x
+
+    def hvp(x: Any, v: Any) -> Any:
+        return (3 * x**2 if method == "newton-cg" else 0) * v + v / x**2
+
+    result = minimize(fun, np.array([50.0]), grad=grad, hvp=hvp, method=method, tol=1e-6).check()
+    np.testing.assert_allclose(result.x, 1.0, rtol=1e-6)
+    assert len(evaluated) < 100
+    assert method == "newton-cg" or not np.isfinite(evaluated).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_point_is_evaluated_twice(method: str) -> None:
+    problem = rosenbrock(20)
+    seen: dict[str, list[bytes]] = {"fun": [], "grad": []}
+
+    def fun(x: Any) -> float:
+        seen["fun"].append(x.tobytes())
+        return problem.fun_numpy(x)
+
+    def grad(x: Any) -> Any:
+        seen["grad"].append(x.tobytes())
+        return problem.grad_numpy(x)
+
+    minimize(fun, problem.x0.numpy(), grad=grad, hvp=problem.hvp_numpy, method=method, tol=1e-8).check()
+    for points in seen.values():
+        assert len(points) == len(set(points))
+
+
+@pytest.mark.parametrize("method", SCIPY)
+def test_warnings_are_the_functions_own(method: str) -> None:
+    def fun(x: Any) -> float:
+        warnings.warn("from fun", RuntimeWarning, stacklevel=1)
+        return float(x @ x)
+
+    with pytest.warns(RuntimeWarning) as caught:  # the derivatives are wrong: SciPy would warn of its line search
+        result = minimize(fun, np.ones(3), grad=lambda x: -2 * x, hvp=lambda x, v: 2 * v, method=method)
+    assert result.status is OptimizeStatus.FAILED
+    assert result.details.startswith("SciPy: ")
+    assert result.details in result.message
+    assert {str(w.message) for w in caught} == {"from fun", f"minimize: {result.message}"}
+    np.testing.assert_array_equal(result.x, np.ones(3))
+
+
+def test_a_librarys_success_above_the_tolerance_is_none() -> None:
+    with pytest.warns(RuntimeWarning, match="its own test was met, tol was not"):
+        result = Counted().run("newton-cg", tol=1e-9, xtol=1e3)
+    assert result.status is OptimizeStatus.FAILED
+    assert result.grad_norm > 1e-9
+
+
+def test_a_point_that_is_not_finite_ends_the_run() -> None:
+    with pytest.warns(RuntimeWarning, match="gave up"):
+        result = minimize(
+            lambda x: float(x @ x), np.ones(3), grad=lambda x: 2 * x, hvp=lambda x, v: np.full(3, np.nan),
+            method="newton-cg",
+        )  # fmt: skip
+    assert result.status is OptimizeStatus.FAILED
+    np.testing.assert_array_equal(result.x, np.ones(3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_limit_of_time_is_kept(method: str) -> None:
+    with pytest.warns(RuntimeWarning, match="max_seconds"):
+        result = Counted().run(method, tol=1e-12, max_seconds=1e-9)
+    assert result.status is OptimizeStatus.MAX_SECONDS
+    assert result.n_iter == 0
+
+
+@pytest.mark.parametrize("method", SCIPY)
+def test_missing_scipy_names_the_extra(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"kantor\[cli\]"):
+        minimize(lambda x: x.square().sum(), torch.ones(2, dtype=F64), method=method)
+
+
+@pytest.mark.parametrize("method", SCIPY)
+def test_counts_are_those_of_scipy_by_itself(method: str) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    ours, theirs = Counted(), Counted()
+    result = ours.run(method, tol=1e-6)
+    stop = {"gtol": 1e-6} if method.startswith("trust") else {"xtol": 1e-300}
+
+    def small(intermediate_result: Any) -> None:
+        if np.linalg.norm(theirs.problem.grad_numpy(intermediate_result.x)) <= 1e-6:
+            raise StopIteration
+
+    answer = optimize.minimize(
+        theirs.fun, theirs.problem.x0.numpy(), jac=theirs.grad, hessp=theirs.hvp, method=method, callback=small,
+        options=stop,
+    )  # fmt: skip
+    assert result.fun == answer.fun
+    assert ours.calls["hvp"] == theirs.calls["hvp"]
+    assert result.n_points == len(theirs.points)
+
+
+def test_lbfgs_takes_torchs_own_path() -> None:
+    problem = rosenbrock(10)
+    seen: list[tuple[int, float]] = []
+    result = minimize(
+        problem.fun, problem.x0, method="lbfgs", tol=1e-6, callback=lambda info: seen.append((info.n_grad, info.fun))
+    )
+    x = problem.x0.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=result.n_iter, max_eval=10**6, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        f = problem.fun(x)
+        f.backward()
+        return f
+
+    optimizer.step(closure)
+    torch.testing.assert_close(result.x, x.detach(), rtol=0, atol=0)
+    assert result.n_grad == calls

@@ -34,6 +34,7 @@ _NONE = Encoded([], [], [])
 # Columns of the states: struct CappedState in csrc/linalg/capped_cg.h.
 _DAMPING, _RTOL, _ATOL, _LIMIT, _HNORM, _LOG_T_SHIFT = range(6)  # settings, in the order of `solve`
 _STATUS, _ITERATIONS, _PRODUCTS, _RESIDUAL_NORM, _CURVATURE, _ALONG_P, _SUSPECT, _TEST4_OFF = range(6, 14)
+_YY, _PP = 18, 20  # squares of the two vectors of which one is the direction
 _RUNNING, _NC, _TERM, _INTERRUPTED, _IS_SUSPECT = 0, 2, 3, 5, 6
 
 
@@ -132,6 +133,7 @@ class Outcome(NamedTuple):
     residual_norm: float
     curvature: float
     hnorm: float
+    length: float  # of the direction
 
 
 class CappedSolver:
@@ -238,7 +240,8 @@ class CappedSolver:
         """The numbers of system k."""
         row = self._table[k].tolist()
         status = _STATUSES[int(row[_STATUS])]
-        return Outcome(status.value, int(row[_ITERATIONS]), row[_RESIDUAL_NORM], row[_CURVATURE], row[_HNORM])
+        length = math.sqrt(row[_PP if row[_ALONG_P] else _YY])
+        return Outcome(status.value, int(row[_ITERATIONS]), row[_RESIDUAL_NORM], row[_CURVATURE], row[_HNORM], length)
 
     def _settle(self, statuses: list[float], H: Any, g: Tensor, arrays: Tensor) -> bool:
         """Test 4's branch: rebuild y_i and look at y+ - y_i, which is accepted only if it is what the scan said.
@@ -260,10 +263,11 @@ class CappedSolver:
                 r = r_new
             d = self._y[k] + alphas[j] * self._p[k] - y
             Hd = self._product(H, d, k)
-            curvature = _dot(d, Hd) / _dot(d, d)
+            square = _dot(d, d)
+            curvature = _dot(d, Hd) / square
             if curvature < -damping:
                 self._p[k] = d
-                table[k, _STATUS], table[k, _ALONG_P], table[k, _CURVATURE] = _NC, 1, curvature
+                table[k, _STATUS], table[k, _ALONG_P], table[k, _CURVATURE], table[k, _PP] = _NC, 1, curvature, square
             elif j >= table[k, _LIMIT]:
                 table[k, _STATUS] = _TERM
             else:  # rounding: the residual is large, but no direction says why

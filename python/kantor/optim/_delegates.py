@@ -30,6 +30,7 @@ class _Shared:
         if not np.isfinite(G):
             raise ValueError(f"{objective.name}: expected a finite gradient at x0, got norm {G}")
         self.error: BaseException | None = None  # of a callable, where a library would swallow it
+        self.details = ""  # what the library said, or did
         self._nonfinite = 0  # values in a row
         self._accepted: Tensor | None = None
         self._linearised: tuple[Point, Any] | None = None
@@ -39,9 +40,17 @@ class _Shared:
         if not torch.equal(x, self.point.x):
             self.point = self.objective.evaluate(x.clone())
             self._nonfinite = 0 if np.isfinite(self.point.f) else self._nonfinite + 1
+            if self._nonfinite and not bool(torch.isfinite(x).all()):
+                self.details = "it asked for the value at a point that is not finite"
+                raise Interrupted(OptimizeStatus.FAILED)
             if self._nonfinite >= 100:
                 raise Interrupted(OptimizeStatus.NON_FINITE)
         return self.point
+
+    def value(self, x: Tensor) -> float:
+        """The value at x, infinite where it is no number: libraries shorten a step that leads up, not one into NaN."""
+        f: float = self.at(x).f
+        return f if np.isfinite(f) else np.inf
 
     def accept(self, x: Tensor) -> None:
         """The library stands at x: if it moved, record it; stop where the gradient is small enough, or at a limit."""
@@ -87,12 +96,11 @@ def minimize_delegated(
     """
     recorder = Recorder(objective, method, tol, limits, callback)
     shared = _Shared(objective, recorder, tol)
-    details = ""
     try:
         with recorder.watching(progress, interrupt):
             shared.accept(objective.start)
             run = _lbfgs if method == "lbfgs" else _scipy
-            details = run(shared, method, dict(options or {}))
+            shared.details = run(shared, method, dict(options or {}))
         status = OptimizeStatus.FAILED
     except Interrupted as over:
         status = over.status
@@ -100,8 +108,8 @@ def minimize_delegated(
     g = objective.gradient(best)
     G = norm(g)
     if status is OptimizeStatus.FAILED and tol >= G:
-        status, details = OptimizeStatus.CONVERGED, ""
-    return recorder.result(best.x, best.f, g, G, status, recorder.iterations, {}, details=details)
+        status, shared.details = OptimizeStatus.CONVERGED, ""
+    return recorder.result(best.x, best.f, g, G, status, recorder.iterations, {}, details=shared.details)
 
 
 def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
@@ -140,7 +148,7 @@ def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
         warnings.simplefilter("error", OptimizeWarning)  # unknown options
         try:
             answer: Any = minimize(  # type: ignore[call-overload]
-                guarded(lambda x: shared.at(vector(x)).f),
+                guarded(lambda x: shared.value(vector(x))),
                 array(objective.start),
                 jac=guarded(lambda x: array(objective.gradient(shared.at(vector(x))))),
                 hessp=guarded(lambda x, v: array(shared.product(vector(x), vector(v)))),
@@ -154,9 +162,9 @@ def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
         raise shared.error
     if answer.status == 1:  # SciPy counts rejected steps as well
         raise Interrupted(OptimizeStatus.MAX_ITER)
-    x = vector(answer.x)
-    if shared.at(x).f <= shared.best.f:
-        shared.best = shared.at(x)
+    # No look at answer.x: every step that SciPy accepted went through the callback.
+    if answer.success:  # of the size of a step, say
+        return "SciPy: its own test was met, tol was not"
     return f"SciPy: {answer.message}"
 
 
@@ -168,9 +176,12 @@ def _lbfgs(shared: _Shared, method: str, options: dict[str, Any]) -> str:
     )  # fmt: skip
 
     def closure() -> Tensor:
-        point = shared.at(x.detach())
-        x.grad = shared.objective.gradient(point).clone()
-        return torch.tensor(point.f, dtype=x.dtype, device=x.device)
+        f = shared.value(x.detach())
+        if np.isfinite(f):
+            x.grad = shared.objective.gradient(shared.point).clone()
+        else:  # the line search bisects where its interpolation has no numbers to go by
+            x.grad = torch.full_like(x, np.nan)
+        return torch.tensor(f, dtype=x.dtype, device=x.device)
 
     while True:
         before = x.detach().clone()

@@ -63,7 +63,7 @@ class Solver:
         outcome, d = self._capped.outcome(), self._capped.d
         if outcome.status == "INDEFINITE_PRECONDITIONER":
             raise ValueError("minimize: preconditioner: expected a positive definite one, got r'Mr <= 0")
-        return _direction(outcome.status, norm(d), dot(g, d), outcome.curvature, M_inv is not None)
+        return _direction(outcome.status, outcome.length, dot(g, d), outcome.curvature, M_inv is not None)
 
     def solve_batch(
         self, hessian: Callable[[Tensor], Tensor], g: Tensor, requests: list[Solve | None], budget: float
@@ -77,11 +77,10 @@ class Solver:
         limits = np.array([0 if request is None else self._limit(request.limit, budget) for request in requests])
         right = torch.where(asking, right, torch.zeros_like(g))
         self._run(hessian, right, damping, rtol, limits, bool(probing.any()), None)
-        norms, slopes = row_norms(self.d).tolist(), row_dots(g, self.d).tolist()
         outcomes = [self._capped.outcome(k) for k in range(len(requests))]
         return [
-            _direction(outcome.status, length, slope, outcome.curvature)
-            for outcome, length, slope in zip(outcomes, norms, slopes, strict=True)
+            _direction(outcome.status, outcome.length, slope, outcome.curvature)
+            for outcome, slope in zip(outcomes, row_dots(g, self.d).tolist(), strict=True)
         ]
 
     def _run(self, hessian: Any, right: Tensor, damping: Any, rtol: Any, limit: Any, tight: bool, M_inv: Any) -> None:
