@@ -10,6 +10,7 @@
 #include "core/parallel.h"
 #include "linalg/capped_cg.h"
 #include "linalg/cg.h"
+#include "linalg/multishift_cg.h"
 
 namespace py = pybind11;
 
@@ -192,6 +193,44 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
   });
 }
 
+// Returns how often `product` was called, with p. `vectors` are r, p, q (n) and x, directions (count, n).
+int64_t bind_multishift_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Tensor& b,
+                           const Operands& vectors, const Tensor& state, const Tensor& shifts, const Tensor& workspace,
+                           int64_t check_every, const py::object& product, const py::object& p, int threads) {
+  require(b.ndim == 1 && vectors.size() == 5, "multishift_cg: b must be (n), vectors must be r, p, q, x, directions");
+  const OperatorArgs a_args{operands, layout, scales};
+  return switch_float(b, "b", [&]<class T>(T) {
+    MultishiftVectors<T> v{};
+    v.n = b.size(), v.b = elements<const T>(b, "b").data(), v.check_every = check_every;
+    const int64_t count = shifts.size() / multishift_scalars;
+    T** targets[] = {&v.r, &v.p, &v.q, &v.x, &v.directions};
+    for (size_t i = 0; i < vectors.size(); ++i) {
+      *targets[i] = elements<T>(vectors[i], "vectors").data();
+      require(vectors[i].size() == (i < 3 ? v.n : count * v.n), "multishift_cg: sizes differ");
+    }
+    v.state = reinterpret_cast<MultishiftState*>(elements<double>(state, "state").data());
+    v.shifts = ShiftScalars::of(elements<double>(shifts, "shifts").data(), count);
+    v.workspace = elements<uint8_t>(workspace, "workspace").data();
+    const Operator<T> A = layout.empty() ? Operator<T>{} : read_operator<T>(a_args, b);
+    require(layout.empty() || (A.rows == v.n && A.cols == v.n), "multishift_cg: the operator's shape does not match b");
+    const Exec exec = exec_for(b, threads);
+    const CgMonitor monitor = PythonMonitor(py::none());
+    PythonProduct<T> call(product, p, b);
+    const ProductCallback<T> product_callback = std::ref(call);
+    {
+      py::gil_scoped_release nogil;
+      if constexpr (cuda_code_built)
+        if (use_cuda_code(b)) {
+          multishift_cg_cuda(exec, layout.empty() ? nullptr : &A, product_callback, v, monitor);
+          return call.calls;
+        }
+      (void)use_cuda_code(b);
+      multishift_cg_cpu(exec, layout.empty() ? nullptr : &A, product_callback, v, monitor);
+    }
+    return call.calls;
+  });
+}
+
 // Test 4's scan over (4, capacity) arrays, for the tests: the smallest ratio and its index.
 py::tuple bind_capped_scan(const Tensor& arrays, int64_t j) {
   require_host(arrays, "capped_scan");
@@ -211,12 +250,17 @@ void bind_krylov(py::module_& m) {
   m.def("capped_cg", &bind_capped_cg);
   m.def("capped_scan", &bind_capped_scan);
   m.attr("capped_state_size") = capped_state_size;
+  m.def("multishift_cg", &bind_multishift_cg);
+  m.attr("multishift_state_size") = multishift_state_size;
+  m.attr("multishift_scalars") = multishift_scalars;
   if constexpr (cuda_code_built) {
     m.def("cg_workspace_bytes", &cg_workspace_bytes);
     m.def("capped_workspace_bytes", &capped_workspace_bytes);
+    m.def("multishift_workspace_bytes", &multishift_workspace_bytes);
   } else {
     for (const char* name : {"cg_workspace_bytes", "capped_workspace_bytes"})
       m.def(name, [](int64_t) { return int64_t{0}; });
+    m.def("multishift_workspace_bytes", [] { return int64_t{0}; });
   }
 }
 

@@ -24,6 +24,14 @@ double max_abs(int64_t n, const T* x);
 template <class T>
 void multiply_add(int64_t n, T a, const T* x, T b, const T* y, T* out);
 
+// y += a x                                                                                reads 2, writes 1 word
+template <class T>
+void multiply_add_in_place(int64_t n, T a, const T* x, T* y);
+
+// y = a x + b y                                                                           reads 2, writes 1 word
+template <class T>
+void combine(int64_t n, T a, const T* x, T b, T* y);
+
 // p = z + beta p (p is not read when beta = 0)                                             reads 2, writes 1 word
 template <class T>
 void update_direction(int64_t n, T beta, const T* z, T* p);

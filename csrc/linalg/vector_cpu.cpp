@@ -35,6 +35,16 @@ KANTOR_SIMD void multiply_add(int64_t n, T a, const T* __restrict x, T b, const 
 }
 
 template <class T>
+KANTOR_SIMD void multiply_add_in_place(int64_t n, T a, const T* __restrict x, T* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+template <class T>
+KANTOR_SIMD void combine(int64_t n, T a, const T* __restrict x, T b, T* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = a * x[i] + b * y[i];
+}
+
+template <class T>
 KANTOR_SIMD void update_direction(int64_t n, T beta, const T* __restrict z, T* __restrict p) {
   if (beta == 0)
     for (int64_t i = 0; i < n; ++i) p[i] = z[i];
@@ -168,6 +178,8 @@ KANTOR_SIMD void scale(int64_t n, double a, const T* __restrict x, Out* __restri
 }
 
 #define KANTOR_INSTANTIATE(T)                                                           \
+  template void multiply_add_in_place(int64_t, T, const T*, T*);                        \
+  template void combine(int64_t, T, const T*, T, T*);                                   \
   template FourSums update_with_product(int64_t, T, T, const T*, const T*, T*, T*, T*); \
   template FourSums advance_with_product(int64_t, T, const T*, const T*, T*, T*);       \
   template double dot(int64_t, const T*, const T*);                                     \

@@ -19,6 +19,8 @@ class _BuildInfo(TypedDict):
 __version__: str
 cg_state_size: int  # float64 numbers per system in the `info` of cg
 capped_state_size: int  # and in the `states` of capped_cg
+multishift_state_size: int  # float64 numbers in the `state` of multishift_cg
+multishift_scalars: int  # and per shift
 
 # --- core ---
 
@@ -75,6 +77,21 @@ def capped_cg(
     precondition: Callable[[], None] | None,  # z = M r
     threads: int,
 ) -> int: ...  # calls of `product`
+def multishift_cg(
+    operands: Sequence[Tensor],
+    layout: Sequence[int],  # empty: `product` stands in for the operator
+    scales: Sequence[float],
+    b: Tensor,  # (n)
+    vectors: Sequence[Tensor],  # r, p, q, each (n); x, directions, each (count, n)
+    state: Tensor,  # (multishift_state_size) float64
+    shifts: Tensor,  # (multishift_scalars, count) float64
+    workspace: Tensor,  # uint8
+    check_every: int,
+    product: Callable[[Tensor], Tensor] | None,
+    p: Tensor,  # what `product` gets
+    threads: int,
+) -> int: ...  # calls of `product`
+def multishift_workspace_bytes() -> int: ...
 def capped_scan(arrays: Tensor, j: int) -> tuple[float, int]: ...  # the smallest ratio of test 4, and its index
 def capped_workspace_bytes(batch: int) -> int: ...
 def csr_check(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> dict[str, int]: ...  # struct CsrReport

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import home
+from kantor._ops import backend, emulated
 from kantor.linalg import SolveStatus, Stencil, cg, multishift_cg
 
 F64 = torch.float64
@@ -80,6 +82,53 @@ def test_limit_zero_right_hand_side_and_float32() -> None:
     single = multishift_cg(A.float(), b.float(), SHIFTS, rtol=1e-5)
     assert single.converged
     assert single.x.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_devices_agree(device: str, dtype: torch.dtype) -> None:
+    A, b = matrix(condition=1e2).to(dtype), rand(60).to(dtype)
+    rtol = 1e-10 if dtype is F64 else 1e-4
+    with_cpu = multishift_cg(A, b, SHIFTS, rtol=rtol)
+    for operator in (A.to(home(device)), lambda v: A.to(home(device)) @ v):
+        result = multishift_cg(operator, b.to(home(device)), SHIFTS, rtol=rtol)
+        assert result.converged
+        tolerance = 1e-9 if dtype is F64 else 2e-3
+        torch.testing.assert_close(result.x.cpu(), with_cpu.x, rtol=tolerance, atol=tolerance)
+    indefinite = multishift_cg(
+        (A - 10 * torch.eye(60)).to(home(device), dtype), b.to(home(device)), torch.tensor([0.0, 30.0])
+    )
+    assert indefinite.statuses == [SolveStatus.NEGATIVE_CURVATURE, SolveStatus.CONVERGED]
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    A, b = Stencil((300, 300)), rand(90_000)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(multishift_cg(A, b, SHIFTS, rtol=1e-6))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0].x, results[1].x)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_emulator_schedules_give_one_answer(schedule: int) -> None:
+    A, b = matrix(condition=50.0), rand(60)
+    with emulated():
+        backend().set_schedule(schedule)
+        try:
+            result = multishift_cg(A, b, SHIFTS, rtol=1e-9)
+        finally:
+            backend().set_schedule(0)
+    torch.testing.assert_close(result.x, multishift_cg(A, b, SHIFTS, rtol=1e-9).x, rtol=1e-9, atol=1e-9)
+
+
+def test_interrupt_in_a_callable() -> None:
+    def product(v: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        multishift_cg(product, rand(4), SHIFTS)
 
 
 def test_exceptions_of_a_callable_come_out() -> None:

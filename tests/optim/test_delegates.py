@@ -218,12 +218,20 @@ def test_no_point_is_evaluated_twice(method: str) -> None:
 
 @pytest.mark.parametrize("method", SCIPY)
 def test_warnings_are_the_functions_own(method: str) -> None:
+    calls = 0
+
     def fun(x: Any) -> float:
-        warnings.warn("from fun", RuntimeWarning, stacklevel=1)
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # SciPy is at work
+            warnings.warn("from fun", RuntimeWarning, stacklevel=1)
         return float(x @ x)
 
-    with pytest.warns(RuntimeWarning) as caught:  # the derivatives are wrong: SciPy would warn of its line search
-        result = minimize(fun, np.ones(3), grad=lambda x: -2 * x, hvp=lambda x, v: 2 * v, method=method)
+    with pytest.warns(
+        RuntimeWarning
+    ) as caught:  # the derivatives are wrong; asked to, SciPy warns of what that leads to
+        result = minimize(fun, np.ones(3), grad=lambda x: -2 * x, hvp=lambda x, v: 2 * v, method=method, disp=True)
+    assert calls > 3
     assert result.status is OptimizeStatus.FAILED
     assert result.details.startswith("SciPy: ")
     assert result.details in result.message
@@ -238,14 +246,30 @@ def test_a_librarys_success_above_the_tolerance_is_none() -> None:
     assert result.grad_norm > 1e-9
 
 
-def test_a_point_that_is_not_finite_ends_the_run() -> None:
-    with pytest.warns(RuntimeWarning, match="gave up"):
-        result = minimize(
-            lambda x: float(x @ x), np.ones(3), grad=lambda x: 2 * x, hvp=lambda x, v: np.full(3, np.nan),
-            method="newton-cg",
-        )  # fmt: skip
-    assert result.status is OptimizeStatus.FAILED
-    np.testing.assert_array_equal(result.x, np.ones(3))
+@pytest.mark.parametrize("method", SCIPY)
+def test_products_that_are_not_finite_end_the_run(method: str) -> None:
+    calls = 0
+
+    def hvp(x: Any, v: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return 2 * v if calls < 2 else np.full(3, np.nan)
+
+    with pytest.warns(RuntimeWarning, match="non_finite"):
+        result = minimize(lambda x: float((x**4).sum()), np.ones(3), grad=lambda x: 4 * x**3, hvp=hvp, method=method)
+    assert result.status is OptimizeStatus.NON_FINITE
+    assert calls == 2
+    assert np.isfinite(result.x).all()
+    assert result.fun <= 3.0
+
+
+@pytest.mark.parametrize("method", ["trust-krylov", "trust-ncg"])
+def test_rejected_steps_count_towards_the_limit_of_iterations(method: str) -> None:
+    problem = rosenbrock(100)
+    with pytest.warns(RuntimeWarning, match="max_iter"):
+        result = minimize(problem.fun, problem.x0, method=method, max_iter=20)
+    assert result.status is OptimizeStatus.MAX_ITER
+    assert result.n_iter < 20
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kantor import _C
 from kantor._checks import check_finite, check_float, check_same, check_tensor
+from kantor._ops import backend
 from kantor._result import SolveStatus
-from kantor.linalg._operator import as_operator
+from kantor.linalg import _native
+from kantor.linalg._native import Encoded
+from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg.capped_cg import plain
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,11 +131,11 @@ def multishift_cg(
     if maxiter is not None and not (isinstance(maxiter, int | np.integer) and maxiter >= 0):
         raise ValueError(f"multishift_cg: maxiter: expected an integer >= 0, got {maxiter!r}")
     with torch.no_grad():
-        return _solve(operator.matvec, b.detach(), shifts.numpy(), rtol, atol, 10 * n if maxiter is None else maxiter)
+        return _solve(operator, b.detach(), shifts.numpy(), rtol, atol, 10 * n if maxiter is None else int(maxiter))
 
 
 def _solve(
-    product: Any, b: Tensor, shifts: np.ndarray[Any, Any], rtol: float, atol: float, maxiter: int
+    A: LinearOperator, b: Tensor, shifts: np.ndarray[Any, Any], rtol: float, atol: float, maxiter: int
 ) -> MultishiftResult:
     X = b.new_zeros(len(shifts), b.numel())
     statuses = [SolveStatus.MAXITER] * len(shifts)
@@ -139,78 +144,51 @@ def _solve(
     iterations = 0
     order = np.argsort(shifts, kind="stable")
     while len(order) and iterations <= maxiter:
-        spent, ended = _sequence(product, b, shifts[order], target, maxiter - iterations, X, order, residuals)
+        x, spent, ended, norms = _sequence(A, b, shifts[order], target, maxiter - iterations)
+        X[torch.from_numpy(order).to(X.device)] = x
         iterations += spent
-        for k, status in zip(order, ended, strict=True):
-            statuses[k] = status
+        for k, status, norm in zip(order, ended, norms, strict=True):
+            statuses[k], residuals[k] = status, norm
         # Without the seed the others start again; those that had converged by then stay as they are.
-        gave_up = ended[0] is SolveStatus.NEGATIVE_CURVATURE
-        order = order[[s is SolveStatus.MAXITER for s in ended]] if gave_up else order[:0]
-        X[order] = 0
+        again = [status is SolveStatus.MAXITER for status in ended]
+        order = order[again] if ended[0] is SolveStatus.NEGATIVE_CURVATURE else order[:0]
+    for k, status in enumerate(statuses):
+        if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.BREAKDOWN):
+            X[k], residuals[k] = 0, np.inf
     return MultishiftResult(X, statuses, iterations, residuals)
 
 
 def _sequence(
-    product: Any,
-    b: Tensor,
-    shifts: np.ndarray[Any, Any],
-    target: float,
-    maxiter: int,
-    X: Tensor,
-    rows: np.ndarray[Any, Any],
-    residuals: np.ndarray[Any, Any],
-) -> tuple[int, list[SolveStatus]]:
-    """One Krylov sequence for ascending shifts, the first its seed; solutions go to `rows` of X."""
-    delta = shifts - shifts[0]
-    statuses = [SolveStatus.MAXITER] * len(shifts)
-    active = np.arange(len(shifts))
-    r = b.clone()
-    P = b.expand(len(shifts), -1).clone()  # the directions of the shifts that are not done
-    Y = torch.zeros_like(P)  # and their solutions
-    rr = _norm(r) ** 2
-    zeta, zeta_before = np.ones(len(shifts)), np.ones(len(shifts))
-    alpha_before, beta_before = 1.0, 0.0
-    p, iteration = b.clone(), 0
-
-    def column(values: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(values).to(b).unsqueeze(-1)
-
-    while True:
-        norms = zeta * math.sqrt(rr)
-        residuals[rows[active]] = norms
-        done = norms <= target
-        if done.any():
-            X[rows[active[done]]] = Y[torch.from_numpy(done)]
-            for k in active[done]:
-                statuses[k] = SolveStatus.CONVERGED
-            keep = ~done
-            active, delta, zeta, zeta_before = active[keep], delta[keep], zeta[keep], zeta_before[keep]
-            P, Y = P[torch.from_numpy(keep)], Y[torch.from_numpy(keep)]
-        if not len(active) or iteration >= maxiter:
-            X[rows[active]] = Y
-            return iteration, statuses
-        q = product(p) + shifts[0] * p
-        iteration += 1
-        pq = float(torch.dot(p.double(), q.double()))
-        if not math.isfinite(pq) or pq <= 0:
-            # The seed's matrix is not positive definite; larger shifts may be.
-            statuses[0] = SolveStatus.NEGATIVE_CURVATURE if math.isfinite(pq) else SolveStatus.BREAKDOWN
-            residuals[rows[0]] = np.inf
-            if statuses[0] is SolveStatus.BREAKDOWN:
-                statuses = [SolveStatus.BREAKDOWN if s is SolveStatus.MAXITER else s for s in statuses]
-            return iteration, statuses
-        alpha = rr / pq
-        r -= alpha * q
-        rr_new = _norm(r) ** 2
-        beta = rr_new / rr
-        # Jegerlehner, eq. (2.42) to (2.44), with the signs of x += alpha p, p = r + beta p.
-        denominator = alpha_before * zeta_before * (1 + alpha * delta) + alpha * beta_before * (zeta_before - zeta)
-        zeta_new = zeta * zeta_before * alpha_before / denominator
-        ratio = zeta_new / zeta
-        Y += column(alpha * ratio) * P
-        P = column(zeta_new) * r + column(beta * ratio**2) * P
-        p = r + beta * p
-        zeta, zeta_before, alpha_before, beta_before, rr = zeta_new, zeta, alpha, beta, rr_new
+    A: LinearOperator, b: Tensor, shifts: np.ndarray[Any, Any], target: float, maxiter: int
+) -> tuple[Tensor, int, list[SolveStatus], np.ndarray[Any, Any]]:
+    """One Krylov sequence for ascending shifts, the first its seed: solutions, products, statuses, residual norms."""
+    native, count, device = backend(), len(shifts), b.device
+    b = b.resolve_neg().contiguous()
+    state = torch.zeros(_C.multishift_state_size, dtype=torch.float64)
+    state[:3] = torch.tensor([shifts[0], target, maxiter], dtype=torch.float64)
+    table = torch.zeros(_C.multishift_scalars, count, dtype=torch.float64)
+    table[0] = torch.from_numpy(shifts - shifts[0])
+    state, table = state.to(device), table.to(device)
+    r, p, q = (torch.empty_like(b) for _ in range(3))
+    x, directions = (b.new_empty(count, b.numel()) for _ in range(2))
+    workspace = torch.empty(native.multishift_workspace_bytes(), dtype=torch.uint8, device=device)
+    encoded = A.encode() if A.is_native else Encoded([], [], [])
+    calls = native.multishift_cg(
+        *encoded, b, [r, p, q, x, directions], state, table, workspace, 8 if b.is_cuda else 1,
+        None if A.is_native else lambda v: plain(A.matvec(v)), p, torch.get_num_threads(),
+    )  # fmt: skip
+    _, _, _, status, iterations, *_ = state.tolist()
+    if int(status) == _native.INTERRUPTED:
+        raise KeyboardInterrupt
+    residuals, done = table[1].tolist(), table[2].tolist()
+    failed = {3: SolveStatus.NEGATIVE_CURVATURE, 6: SolveStatus.BREAKDOWN}.get(int(status))
+    ended = [SolveStatus.CONVERGED if d > 0 else SolveStatus.MAXITER for d in done]
+    if failed is SolveStatus.NEGATIVE_CURVATURE:  # the seed's matrix is not positive definite; larger shifts may be
+        ended[0] = failed
+    elif failed is SolveStatus.BREAKDOWN:
+        ended = [failed if status is SolveStatus.MAXITER else status for status in ended]
+    spent = int(iterations) + (failed is not None) if A.is_native else calls
+    return x, spent, ended, np.array(residuals)
 
 
 def _norm(a: Tensor) -> float:

@@ -76,6 +76,8 @@ class _Shared:
             self._linearised = point, self.objective.hessian(point)
             self.recorder.n_points += 1
         product: Tensor = self._linearised[1](v)
+        if not bool(torch.isfinite(product.sum())):  # the inner loops of SciPy have no way out of these
+            raise Interrupted(OptimizeStatus.NON_FINITE)
         return product
 
 
@@ -144,8 +146,9 @@ def _scipy(shared: _Shared, method: str, options: dict[str, Any]) -> str:
 
     own = {"gtol": shared.tol} if method.startswith("trust") else {"xtol": 1e-300}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"scipy\.")  # on its line search
-        warnings.simplefilter("error", OptimizeWarning)  # unknown options
+        for category in (RuntimeWarning, OptimizeWarning):  # what SciPy has to say is in the result
+            warnings.filterwarnings("ignore", category=category, module=r"scipy\.")
+        warnings.filterwarnings("error", "Unknown solver options", OptimizeWarning)
         try:
             answer: Any = minimize(  # type: ignore[call-overload]
                 guarded(lambda x: shared.value(vector(x))),
