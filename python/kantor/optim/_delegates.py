@@ -31,7 +31,6 @@ class _Shared:
             raise ValueError(f"{objective.name}: expected a finite gradient at x0, got norm {G}")
         self.error: BaseException | None = None  # of a callable, where a library would swallow it
         self.details = ""  # what the library said, or did
-        self._nonfinite = 0  # values in a row
         self._accepted: Tensor | None = None
         self._linearised: tuple[Point, Any] | None = None
 
@@ -39,12 +38,9 @@ class _Shared:
         """The point x; a repeated one costs nothing."""
         if not torch.equal(x, self.point.x):
             self.point = self.objective.evaluate(x.clone())
-            self._nonfinite = 0 if np.isfinite(self.point.f) else self._nonfinite + 1
-            if self._nonfinite and not bool(torch.isfinite(x).all()):
+            if not (np.isfinite(self.point.f) or bool(torch.isfinite(x).all())):
                 self.details = "it asked for the value at a point that is not finite"
                 raise Interrupted(OptimizeStatus.FAILED)
-            if self._nonfinite >= 100:
-                raise Interrupted(OptimizeStatus.NON_FINITE)
         return self.point
 
     def value(self, x: Tensor) -> float:
@@ -59,6 +55,8 @@ class _Shared:
         point = self.at(x)
         self._accepted = point.x
         G = norm(self.objective.gradient(point))
+        if not np.isfinite(G):
+            raise Interrupted(OptimizeStatus.NON_FINITE)
         if point.f <= self.best.f or self.tol >= G:
             self.best = point
         self.recorder.record(point.x, point.f, G)
