@@ -126,7 +126,7 @@ void iterate(System& s) {
     const int64_t end = std::min(begin + block_size, s.n), needed = std::min(end + halo, s.n);
     kantor::update_direction(needed - frontier, s.state.beta, s.r() + frontier, s.p() + frontier);
     frontier = needed;
-    kantor::apply_rows(s.A, s.p(), scratch, Range{begin, end});
+    kantor::apply_rows(s.A, 0, s.p(), scratch, Range{begin, end});
     pq += kantor::dot(end - begin, s.p() + begin, scratch);
     if constexpr (test == Test::full) qq += kantor::dot(end - begin, scratch, scratch);
   }
@@ -136,7 +136,7 @@ void iterate(System& s) {
     s.state.alpha = s.state.rz / pq;
   for (int64_t begin = 0; begin < s.n; begin += block_size) {
     const int64_t end = std::min(begin + block_size, s.n);
-    kantor::apply_rows(s.A, s.p(), scratch, Range{begin, end});
+    kantor::apply_rows(s.A, 0, s.p(), scratch, Range{begin, end});
     rr += kantor::update_iterate(end - begin, s.state.alpha, s.p() + begin, scratch, s.x() + begin, s.r() + begin);
   }
   kantor::cg_after_update(s.state, s.options, rr, s.history());

@@ -64,9 +64,9 @@ void call_back(Call&& call) {
 
 void bind_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
              const Layout& m_layout, const Scales& m_scales, const Tensor& b, const Tensor& x, const Operands& vectors,
-             bool zero_start, const Tensor& info, const Tensor& history, const Tensor& workspace, double rtol,
-             double atol, int64_t max_iterations, const py::object& apply, const py::object& precondition,
-             const py::object& user_monitor, int threads) {
+             bool zero_start, const Tensor& info, const Tensor& history, const Tensor& workspace,
+             const std::optional<Tensor>& projections, double rtol, double atol, int64_t max_iterations,
+             const py::object& apply, const py::object& precondition, const py::object& user_monitor, int threads) {
   require(b.ndim == 2 && vectors.size() == 4, "cg: b must be (batch, n), vectors must be r, p, q, z");
   const OperatorArgs a_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
   const ApplyCallback apply_callback = [&apply](bool to_x) { call_back([&] { apply(to_x); }); };
@@ -87,9 +87,12 @@ void bind_cg(const Operands& operands, const Layout& layout, const Scales& scale
     for (const Tensor* t : {&x, &vectors[0], &vectors[1], &vectors[3]})
       require(t->size() == b.size(), "cg: sizes differ");
     require(info.size() == v.batch * cg_state_size, "cg: info must be (batch, cg_state_size)");
-    const Operator<T> A = layout.empty() ? Operator<T>{} : read_operator<T>(a_args, b);
+    Operator<T> A = layout.empty() ? Operator<T>{} : read_operator<T>(a_args, b);
     require(layout.empty() || (A.rows == v.n && A.cols == v.n), "cg: the operator's shape does not match b");
     Preconditioner<T> M = read_preconditioner<T>(m_args, b);
+    Projections work(projections, b);
+    work.place(A, v.batch);
+    if (auto* product = std::get_if<Operator<T>>(&M)) work.place(*product, v.batch);
     if (!precondition.is_none()) M = precondition_callback;
     const CgOptions options{rtol,
                             atol,
@@ -151,9 +154,9 @@ class PythonProduct {
 // Returns how often `product` was called. `vectors` are y, Hy, r, p, Hp, z, q; `z` is handed to `product`.
 int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
                        const Layout& m_layout, const Scales& m_scales, const Tensor& g, const Operands& vectors,
-                       const Tensor& states, const Tensor& arrays, const Tensor& workspace, int rule,
-                       int64_t check_every, bool resume, const py::object& product, const py::object& z,
-                       const py::object& precondition, int threads) {
+                       const Tensor& states, const Tensor& arrays, const Tensor& workspace,
+                       const std::optional<Tensor>& projections, int rule, int64_t check_every, bool resume,
+                       const py::object& product, const py::object& z, const py::object& precondition, int threads) {
   require(g.ndim == 2 && vectors.size() == 7, "capped_cg: g must be (batch, n), vectors must be y, Hy, r, p, Hp, z, q");
   const OperatorArgs h_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
   const Callback precondition_callback = [&precondition] { call_back([&] { precondition(); }); };
@@ -169,9 +172,12 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
     v.arrays = elements<double>(arrays, "arrays").data();
     v.workspace = elements<uint8_t>(workspace, "workspace").data();
     require(states.size() == v.batch * capped_state_size, "capped_cg: states must be (batch, capped_state_size)");
-    const Operator<T> H = layout.empty() ? Operator<T>{} : read_operator<T>(h_args, g);
+    Operator<T> H = layout.empty() ? Operator<T>{} : read_operator<T>(h_args, g);
     require(layout.empty() || (H.rows == v.n && H.cols == v.n), "capped_cg: the operator's shape does not match g");
     Preconditioner<T> M = read_preconditioner<T>(m_args, g);
+    Projections work(projections, g);
+    work.place(H, v.batch);
+    if (auto* inverse = std::get_if<Operator<T>>(&M)) work.place(*inverse, v.batch);
     if (!precondition.is_none()) M = precondition_callback;
     const CappedOptions options{static_cast<CappedRule>(rule), v.batch ? arrays.size() / (4 * v.batch) : 0,
                                 !std::holds_alternative<std::monostate>(M)};
@@ -196,7 +202,8 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
 // Returns how often `product` was called, with p. `vectors` are r, p, q (n) and x, directions (count, n).
 int64_t bind_multishift_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Tensor& b,
                            const Operands& vectors, const Tensor& state, const Tensor& shifts, const Tensor& workspace,
-                           int64_t check_every, const py::object& product, const py::object& p, int threads) {
+                           const std::optional<Tensor>& projections, int64_t check_every, const py::object& product,
+                           const py::object& p, int threads) {
   require(b.ndim == 1 && vectors.size() == 5, "multishift_cg: b must be (n), vectors must be r, p, q, x, directions");
   const OperatorArgs a_args{operands, layout, scales};
   return switch_float(b, "b", [&]<class T>(T) {
@@ -211,7 +218,8 @@ int64_t bind_multishift_cg(const Operands& operands, const Layout& layout, const
     v.state = reinterpret_cast<MultishiftState*>(elements<double>(state, "state").data());
     v.shifts = ShiftScalars::of(elements<double>(shifts, "shifts").data(), count);
     v.workspace = elements<uint8_t>(workspace, "workspace").data();
-    const Operator<T> A = layout.empty() ? Operator<T>{} : read_operator<T>(a_args, b);
+    Operator<T> A = layout.empty() ? Operator<T>{} : read_operator<T>(a_args, b);
+    Projections(projections, b).place(A, 1);
     require(layout.empty() || (A.rows == v.n && A.cols == v.n), "multishift_cg: the operator's shape does not match b");
     const Exec exec = exec_for(b, threads);
     const CgMonitor monitor = PythonMonitor(py::none());

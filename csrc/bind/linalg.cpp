@@ -35,16 +35,17 @@ void bind_multiply_add(const Tensor& x, const Tensor& y, const Tensor& out, doub
 }
 
 void bind_matvec(const Operands& operands, const Layout& layout, const Scales& scales, const Tensor& x, const Tensor& y,
-                 int threads) {
+                 const std::optional<Tensor>& projections, int threads) {
   require_same_device(x, y, "matvec");
   const OperatorArgs args{operands, layout, scales};
   switch_float(x, "x", [&]<class T>(T) {
-    const Operator<T> A = read_operator<T>(args, x);
+    Operator<T> A = read_operator<T>(args, x);
     const auto xs = elements<const T>(x, "x");
     const auto ys = elements<T>(y, "y");
     const int64_t batch = A.cols > 0 ? x.size() / A.cols : A.rows > 0 ? y.size() / A.rows : 0;
     require(x.size() == batch * A.cols && y.size() == batch * A.rows,
             "matvec: x or y does not match the operator's shape");
+    Projections(projections, x).place(A, batch);
     const Exec exec = exec_for(x, threads);
     py::gil_scoped_release nogil;
     if constexpr (cuda_code_built)
@@ -159,6 +160,7 @@ void bind_linalg(py::module_& m) {
   m.def("multiply_add", &bind_multiply_add);
   m.def("zero_fill", &bind_zero_fill);
   m.def("matvec", &bind_matvec);
+  m.def("projections_size", &projections_size_of);
   m.def("csr_check", &bind_csr_check);
   m.def("csr_transpose", &bind_csr_transpose);
   m.def("csr_asymmetry", &bind_csr_asymmetry);

@@ -1,5 +1,7 @@
 // Decodes the (operands, layout, scales) encoding of linalg/operator.h into views.
 #pragma once
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -55,6 +57,11 @@ class OperatorReader {
       case OperatorKind::diagonal: {
         const int64_t n = next();
         return {scale, Diagonal<T>{n, operand<const T>(n)}};
+      }
+      case OperatorKind::low_rank: {
+        const int64_t n = next(), rank = next();
+        const T* factors = operand<const T>(rank * n);
+        return {scale, LowRank<T>{n, rank, factors, operand<const T>(rank), nullptr, 0}};
       }
       default:
         throw std::invalid_argument("operator: unknown kind in the layout");
@@ -143,6 +150,40 @@ template <class T>
 Operator<T> read_operator(const OperatorArgs& args, const Tensor& like) {
   return OperatorReader(args, like).whole_operator<T>();
 }
+
+// Doubles of workspace for one vector's projections, which the low-rank terms of an operator ask for.
+inline int64_t projections_size_of(const std::vector<int64_t>& layout) {
+  constexpr size_t integers[] = {2, 3, 6, 4, 1, 2, 2};  // after the kind
+  int64_t size = 0;
+  for (size_t at = 0; at < layout.size(); at += 1 + integers[layout[at]]) {
+    require(layout[at] >= 0 && layout[at] < int64_t(std::size(integers)) && at + integers[layout[at]] < layout.size(),
+            "operator: unknown kind in the layout, or the layout ends early");
+    if (layout[at] == int64_t(OperatorKind::low_rank))
+      size += LowRank<double>{layout[at + 1], layout[at + 2], nullptr, nullptr, nullptr, 0}.projections_size();
+  }
+  return size;
+}
+
+// The part of a workspace that is not handed out yet.
+class Projections {
+ public:
+  Projections(const std::optional<Tensor>& workspace, const Tensor& like) {
+    if (!workspace) return;
+    require_same_device(*workspace, like, "projections and vector");
+    left_ = elements<double>(*workspace, "projections");
+  }
+
+  template <class T>
+  void place(Operator<T>& A, int64_t batch) {
+    const auto size = static_cast<size_t>(batch * projections_size(A));
+    require(size <= left_.size(), "operator: the workspace for projections is too small");
+    place_projections(A, batch, left_.data());
+    left_ = left_.subspan(size);
+  }
+
+ private:
+  std::span<double> left_;
+};
 
 // An empty layout means none.
 template <class T>

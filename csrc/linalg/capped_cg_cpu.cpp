@@ -57,11 +57,12 @@ class CappedCpuSpace {
 
   void direction() {
     const T* product = H_ ? nullptr : product_();
+    if (H_) passes_.project(*H_, v_.z, [this](int64_t k) { return v_.states[k].running(); });
     pass([&](const CappedState& s, int64_t k, Range rows) {
       const int64_t at = k * v_.n + rows.begin;
       alignas(64) T scratch[block_size];
       const T* q = H_ ? scratch : product + at;
-      if (H_) apply_rows(*H_, v_.z + k * v_.n, scratch, rows);
+      if (H_) apply_rows(*H_, k, v_.z + k * v_.n, scratch, rows);
       return advance_with_product(rows.size(), static_cast<T>(s.beta), v_.z + at, q, v_.p + at, v_.Hp + at);
     });
     for (int64_t k = 0; k < v_.batch; ++k)

@@ -30,6 +30,7 @@ class CpuSpace {
         options_(options) {
     halo_ = A ? halo_of(*A) : v.n;
     recompute_ = A && words_per_row(*A) <= 1;
+    projects_ = A && projections_size(*A) > 0;
     if (const auto* d = std::get_if<Diagonal<T>>(&M)) scaling_ = d->values;
   }
 
@@ -84,6 +85,11 @@ class CpuSpace {
                            sum(0, k, chunk) += dot(rows.size(), v_.p + at, v_.q + at);
                          });
     } else {
+      if (projects_) {  // no product before all of p is known
+        passes_.each_block([this](int64_t k) { return running(k); },
+                           [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
+        passes_.project(*A_, v_.p, [this](int64_t k) { return running(k); });
+      }
       passes_.clear_sums();
       passes_.split([&](Range chunks, Range systems, int workers) { direction_and_apply(chunks, systems, workers); });
     }
@@ -101,7 +107,7 @@ class CpuSpace {
                          alignas(64) T scratch[block_size];
                          const T* q = v_.q + at;
                          if (recompute_) {
-                           apply_rows(*A_, v_.p + k * v_.n, scratch, rows);
+                           apply_rows(*A_, k, v_.p + k * v_.n, scratch, rows);
                            q = scratch;
                          }
                          const T alpha = static_cast<T>(v_.states[k].alpha);
@@ -170,7 +176,7 @@ class CpuSpace {
       alignas(64) T scratch[block_size];
       const T* q = v_.q + k * v_.n + rows.begin;
       if (recompute_) {
-        apply_rows(*A_, v_.p + k * v_.n, scratch, rows);
+        apply_rows(*A_, k, v_.p + k * v_.n, scratch, rows);
         q = scratch;
       }
       sum(1, k, chunk) += dot(rows.size(), q, q);
@@ -188,11 +194,13 @@ class CpuSpace {
       for (int64_t k = systems.begin; k < systems.end; ++k)
         if (running(k)) advance_direction(k, {begin, end});
     };
-    int64_t frontier = std::min(slab.begin + halo_, slab.end);
+    int64_t frontier = projects_ ? slab.end : std::min(slab.begin + halo_, slab.end);
     const int64_t last = std::max(frontier, slab.end - halo_);
-    advance(slab.begin, frontier);
-    advance(last, slab.end);
-    passes_.team().barrier(workers);
+    if (!projects_) {
+      advance(slab.begin, frontier);
+      advance(last, slab.end);
+      passes_.team().barrier(workers);
+    }
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
       const Range rows = passes_.chunks().range(chunk);
       for (int64_t begin = rows.begin; begin < rows.end; begin += block_size) {
@@ -204,7 +212,7 @@ class CpuSpace {
           if (!running(k)) continue;
           alignas(64) T scratch[block_size];
           T* q = recompute_ ? scratch : v_.q + k * v_.n + block.begin;
-          apply_rows(*A_, v_.p + k * v_.n, q, block);
+          apply_rows(*A_, k, v_.p + k * v_.n, q, block);
           sum(0, k, chunk) += dot(block.size(), v_.p + k * v_.n + block.begin, q);
         }
       }
@@ -214,7 +222,9 @@ class CpuSpace {
   // r = b - A x with the product and the difference in double; r.r in sum 1. Leaves sum 0 as it is.
   template <class Active>
   void form_residual(Active&& active) {
-    if (!A_ && !(v_.zero_start && first_residual_)) apply_(true);
+    const bool with_product = !(v_.zero_start && first_residual_);
+    if (!A_ && with_product) apply_(true);
+    if (A_ && with_product) passes_.project(*A_, v_.x, active);
     passes_.split([&](Range chunks, Range systems, int) {
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk)
         for (int64_t k = systems.begin; k < systems.end; ++k) {
@@ -234,7 +244,7 @@ class CpuSpace {
     if (v_.zero_start && first_residual_)
       std::fill_n(product, rows.size(), 0.0);
     else if (A_)
-      apply_rows(*A_, v_.x + k * v_.n, product, rows);
+      apply_rows(*A_, k, v_.x + k * v_.n, product, rows);
     else
       std::copy_n(v_.q + k * v_.n + rows.begin, rows.size(), product);
     const int64_t at = k * v_.n + rows.begin;
@@ -249,6 +259,7 @@ class CpuSpace {
   CgOptions options_;
   int64_t halo_ = 0;
   bool recompute_ = false;
+  bool projects_ = false;
   bool first_residual_ = true;
   bool scaled_sums_ready_ = false;  // sum 1 holds r.z for the diagonal preconditioner
   const T* scaling_ = nullptr;      // diagonal preconditioner: z = scaling * r is never stored

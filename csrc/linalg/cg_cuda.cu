@@ -120,6 +120,7 @@ struct DeviceTerm {
     Stencil<T> stencil;
     FaceStencil<T> faces;
     Diagonal<T> diagonal;
+    LowRank<T> low_rank;
   };
 };
 
@@ -142,11 +143,12 @@ DeviceTerm<T> device_term(const OperatorTerm<T>& term) {
     out.kind = OperatorKind::stencil, out.stencil = *stencil;
   if (const auto* faces = std::get_if<FaceStencil<T>>(&term.form)) out.kind = OperatorKind::faces, out.faces = *faces;
   if (const auto* d = std::get_if<Diagonal<T>>(&term.form)) out.kind = OperatorKind::diagonal, out.diagonal = *d;
+  if (const auto* low = std::get_if<LowRank<T>>(&term.form)) out.kind = OperatorKind::low_rank, out.low_rank = *low;
   return out;
 }
 
 template <class T>
-__device__ __forceinline__ double row_product(const DeviceTerm<T>& term, const T* x, int64_t i) {
+__device__ __forceinline__ double row_product(const DeviceTerm<T>& term, int64_t k, const T* x, int64_t i) {
   switch (term.kind) {
     case OperatorKind::dense:
       return row_product<double>(term.dense, x, i);
@@ -156,6 +158,8 @@ __device__ __forceinline__ double row_product(const DeviceTerm<T>& term, const T
       return row_product<double>(term.stencil, x, i);
     case OperatorKind::faces:
       return row_product<double>(term.faces, x, i);
+    case OperatorKind::low_rank:
+      return row_product<double>(form_for_vector(term.low_rank, k), x, i);
     default:
       return row_product<double>(term.diagonal, x, i);
   }
@@ -175,7 +179,7 @@ __global__ void residual_kernel(Shared shared, int64_t n, DeviceTerms<T> A, cons
   simt::grid_stride(n, [&](int64_t i) {
     double value = from[first + i];
     if (product) value -= double(product[first + i]);
-    for (int t = 0; t < A.count; ++t) value -= A.terms[t].scale * row_product(A.terms[t], x + first, i);
+    for (int t = 0; t < A.count; ++t) value -= A.terms[t].scale * row_product(A.terms[t], k, x + first, i);
     r[first + i] = static_cast<T>(value);
     if (!last) return;
     sums[0] += value * value;
@@ -290,6 +294,7 @@ class CudaSpace {
         if (groups.back().count == DeviceTerms<T>::most) groups.emplace_back();
         groups.back().terms[groups.back().count++] = device_term(term);
       }
+    if (with_product && A_) launch_projections(exec_, *A_, v_.batch, v_.x, AcceptAll{});
     const T* product = nullptr;
     if (with_product && !A_) apply_(true), product = v_.q;
     for (size_t g = 0; g < groups.size(); ++g) {

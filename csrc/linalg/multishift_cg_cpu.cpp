@@ -32,12 +32,13 @@ class MultishiftCpuSpace {
 
   void product() {
     const T* given = A_ ? nullptr : product_();
+    if (A_) passes_.project(*A_, v_.p, [](int64_t) { return true; });
     const T shift = static_cast<T>(v_.state->shift);
     pass([&](Range rows) {
       T* q = v_.q + rows.begin;
       const T* p = v_.p + rows.begin;
       if (A_) {
-        apply_rows(*A_, v_.p, q, rows);
+        apply_rows(*A_, 0, v_.p, q, rows);
         if (shift != 0) multiply_add_in_place(rows.size(), shift, p, q);
       } else {
         multiply_add(rows.size(), T(1), given + rows.begin, shift, p, q);

@@ -8,6 +8,7 @@
 //   stencil   layout [2, nz, ny, nx, bz, by, bx]        operands weights (shift, wz, wy, wx); b*: 0 Dirichlet, 1
 //   Neumann faces     layout [3, nz, ny, nx, dims]              operands shift (1), fz, [fy when dims = 3,] fx diagonal
 //   layout [4, n]                             operands d (n)
+//   low rank  layout [6, n, rank]                       operands factors (rank, n), weights (rank): F' diag(w) F
 // A two-dimensional grid (ny, nx) is passed as (nz, ny, nx) = (ny, 1, nx).
 #pragma once
 #include <algorithm>
@@ -18,10 +19,19 @@
 #include "core/exec.h"
 #include "core/hd.h"
 #include "core/parallel.h"
+#include "linalg/low_rank.h"
 
 namespace kantor {
 
-enum class OperatorKind : int64_t { dense = 0, csr = 1, stencil = 2, faces = 3, diagonal = 4, incomplete_cholesky = 5 };
+enum class OperatorKind : int64_t {
+  dense = 0,
+  csr = 1,
+  stencil = 2,
+  faces = 3,
+  diagonal = 4,
+  incomplete_cholesky = 5,
+  low_rank = 6,
+};
 
 template <class T>
 struct Dense {
@@ -65,7 +75,8 @@ struct Diagonal {
 };
 
 template <class T>
-using OperatorForm = std::variant<Dense<T>, Csr<T, int32_t>, Csr<T, int64_t>, Stencil<T>, FaceStencil<T>, Diagonal<T>>;
+using OperatorForm =
+    std::variant<Dense<T>, Csr<T, int32_t>, Csr<T, int64_t>, Stencil<T>, FaceStencil<T>, Diagonal<T>, LowRank<T>>;
 
 template <class T>
 struct OperatorTerm {
@@ -96,9 +107,36 @@ Chunks chunks_of(const Operator<T>& A);
 template <class T>
 int64_t work_of(const Operator<T>& A, int64_t batch);
 
-// CPU: y[0..rows.size()) = rows `rows` of A x. Out = double computes in double whatever T is.
+// Doubles of workspace that the low-rank terms of A need for one vector (low_rank.h); 0 without such terms.
+template <class T>
+int64_t projections_size(const Operator<T>& A);
+
+// Hands them that of `batch` vectors.
+template <class T>
+void place_projections(Operator<T>& A, int64_t batch, double* projections);
+
+// CPU: the projections of the vectors k of a batch that `active` selects, for any rows of A x. run(count, body) calls
+// body(0), ..., body(count - 1), on several threads, and returns when all are done.
+template <class T, class Active, class Run>
+void project(const Operator<T>& A, int64_t batch, const T* x, Active&& active, Run&& run) {
+  for (const OperatorTerm<T>& term : A.terms) {
+    const auto* low = std::get_if<LowRank<T>>(&term.form);
+    if (!low) continue;
+    // All vectors of the batch before the next part of the factors, which is then read once for all of them.
+    run(projection_items(*low) * batch, [&](int64_t item) {
+      if (const int64_t k = item % batch; active(k)) project_item(*low, k, x + k * A.cols, item / batch);
+    });
+    const Chunks values{low->values(), 512};
+    run(values.count() * batch, [&](int64_t item) {
+      if (const int64_t k = item % batch; active(k)) sum_projections(*low, k, values.range(item / batch));
+    });
+  }
+}
+
+// CPU: y[0..rows.size()) = rows `rows` of A x, where x is vector k of a batch; its projections were formed before.
+// Out = double computes in double whatever T is.
 template <class T, class Out>
-void apply_rows(const Operator<T>& A, const T* x, Out* y, Range rows);
+void apply_rows(const Operator<T>& A, int64_t k, const T* x, Out* y, Range rows);
 
 // y = A x for `batch` vectors, contiguous one after another. 2 words a row beyond the operator's own.
 template <class T>

@@ -235,6 +235,7 @@ struct ApplyRows {
   template <class Out>
   struct To {
     double scale;
+    int64_t k;
     const T* x;
     Out* y;
     Range rows;
@@ -245,6 +246,7 @@ struct ApplyRows {
     void operator()(const Stencil<T>& A) const { stencil_rows(A, scale, x, y, rows, accumulate); }
     void operator()(const FaceStencil<T>& A) const { face_rows(A, scale, x, y, rows, accumulate); }
     void operator()(const Diagonal<T>& A) const { diagonal_rows<Out, T>(A, scale, x, y, rows, accumulate); }
+    void operator()(const LowRank<T>& A) const { low_rank_rows(A, scale, k, y, rows, accumulate); }
   };
 };
 
@@ -258,10 +260,10 @@ Overloaded(F...) -> Overloaded<F...>;
 }  // namespace
 
 template <class T, class Out>
-void apply_rows(const Operator<T>& A, const T* x, Out* y, Range rows) {
+void apply_rows(const Operator<T>& A, int64_t k, const T* x, Out* y, Range rows) {
   bool accumulate = false;
   for (const OperatorTerm<T>& term : A.terms) {
-    std::visit(typename ApplyRows<T>::template To<Out>{term.scale, x, y, rows, accumulate}, term.form);
+    std::visit(typename ApplyRows<T>::template To<Out>{term.scale, k, x, y, rows, accumulate}, term.form);
     accumulate = true;
   }
 }
@@ -270,13 +272,14 @@ template <class T>
 int64_t halo_of(const Operator<T>& A) {
   int64_t halo = 0;
   for (const OperatorTerm<T>& term : A.terms)
-    halo = std::max(halo, std::visit(Overloaded{[](const Dense<T>& a) { return a.cols; },
-                                                [](const Csr<T, int32_t>& a) { return a.halo; },
-                                                [](const Csr<T, int64_t>& a) { return a.halo; },
-                                                [](const Stencil<T>& a) { return a.ny * a.nx; },
-                                                [](const FaceStencil<T>& a) { return a.ny * a.nx; },
-                                                [](const Diagonal<T>&) { return int64_t{0}; }},
-                                     term.form));
+    halo = std::max(
+        halo,
+        std::visit(
+            Overloaded{[](const Dense<T>& a) { return a.cols; }, [](const Csr<T, int32_t>& a) { return a.halo; },
+                       [](const Csr<T, int64_t>& a) { return a.halo; }, [](const Stencil<T>& a) { return a.ny * a.nx; },
+                       [](const FaceStencil<T>& a) { return a.ny * a.nx; },
+                       [](const Diagonal<T>&) { return int64_t{0}; }, [](const LowRank<T>&) { return int64_t{0}; }},
+            term.form));
   return halo;
 }
 
@@ -289,7 +292,8 @@ double words_per_row(const Operator<T>& A) {
                    [](const Csr<T, int32_t>& a) { return 1.5 * double(a.nnz) / double(std::max<int64_t>(a.rows, 1)); },
                    [](const Csr<T, int64_t>& a) { return 2.0 * double(a.nnz) / double(std::max<int64_t>(a.rows, 1)); },
                    [](const Stencil<T>&) { return 0.0; }, [](const FaceStencil<T>& a) { return a.fy ? 3.0 : 2.0; },
-                   [](const Diagonal<T>&) { return 1.0; }},
+                   [](const Diagonal<T>&) { return 1.0; },
+                   [](const LowRank<T>& a) { return a.reads_once() ? 1.0 : double(a.rank); }},
         term.form);
   return words;
 }
@@ -297,29 +301,63 @@ double words_per_row(const Operator<T>& A) {
 template <class T>
 Chunks chunks_of(const Operator<T>& A) {
   const double words = std::max(1.0, words_per_row(A) / 16);
-  return {A.rows, std::max<int64_t>(8, static_cast<int64_t>(double(chunk_size) / words))};
+  // Low-rank factors alone are read along the rows' direction, where short pieces waste what each line of memory
+  // brings.
+  const bool only_low_rank = std::ranges::all_of(A.terms, [](const OperatorTerm<T>& term) {
+    return std::holds_alternative<LowRank<T>>(term.form) || std::holds_alternative<Diagonal<T>>(term.form);
+  });
+  const int64_t least = only_low_rank ? 256 : 8;
+  return {A.rows, std::max(least, static_cast<int64_t>(double(chunk_size) / words))};
 }
 
 template <class T>
 int64_t work_of(const Operator<T>& A, int64_t batch) {
-  return static_cast<int64_t>(std::min(double(A.rows) * double(batch) * (1 + words_per_row(A) / 4), 1e18));
+  double words = words_per_row(A);
+  for (const OperatorTerm<T>& term : A.terms)  // and the projections
+    if (const auto* low = std::get_if<LowRank<T>>(&term.form)) words += double(low->rank);
+  return static_cast<int64_t>(std::min(double(A.rows) * double(batch) * (1 + words / 4), 1e18));
+}
+
+template <class T>
+int64_t projections_size(const Operator<T>& A) {
+  int64_t size = 0;
+  for (const OperatorTerm<T>& term : A.terms)
+    if (const auto* low = std::get_if<LowRank<T>>(&term.form)) size += low->projections_size();
+  return size;
+}
+
+template <class T>
+void place_projections(Operator<T>& A, int64_t batch, double* projections) {
+  for (OperatorTerm<T>& term : A.terms)
+    if (auto* low = std::get_if<LowRank<T>>(&term.form)) {
+      low->projections = projections;
+      low->projections_stride = low->projections_size();
+      projections += batch * low->projections_stride;
+    }
 }
 
 template <class T>
 void matvec_cpu(const Exec& exec, const Operator<T>& A, int64_t batch, const T* x, T* y) {
   const Chunks chunks = chunks_of(A);
   const int threads = threads_for(exec.threads, work_of(A, batch));
+  project(
+      A, batch, x, [](int64_t) { return true; },
+      [&](int64_t count, auto&& body) { parallel_for(threads, count, body); });
   // Chunk by chunk, all vectors of the batch before the next chunk: the operator's data is read once for all of them.
   parallel_for(threads, chunks.count() * batch, [&](int64_t item) {
     const int64_t chunk = item / batch, k = item % batch;
     const Range rows = chunks.range(chunk);
-    apply_rows(A, x + k * A.cols, y + k * A.rows + rows.begin, rows);
+    apply_rows(A, k, x + k * A.cols, y + k * A.rows + rows.begin, rows);
   });
 }
 
-template void apply_rows(const Operator<float>&, const float*, float*, Range);
-template void apply_rows(const Operator<float>&, const float*, double*, Range);
-template void apply_rows(const Operator<double>&, const double*, double*, Range);
+template void apply_rows(const Operator<float>&, int64_t, const float*, float*, Range);
+template void apply_rows(const Operator<float>&, int64_t, const float*, double*, Range);
+template void apply_rows(const Operator<double>&, int64_t, const double*, double*, Range);
+template int64_t projections_size(const Operator<float>&);
+template int64_t projections_size(const Operator<double>&);
+template void place_projections(Operator<float>&, int64_t, double*);
+template void place_projections(Operator<double>&, int64_t, double*);
 template int64_t halo_of(const Operator<float>&);
 template int64_t halo_of(const Operator<double>&);
 template double words_per_row(const Operator<float>&);

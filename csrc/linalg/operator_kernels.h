@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/simt.h"
+#include "linalg/low_rank_kernels.h"
 #include "linalg/operator.h"
 
 namespace kantor {
@@ -104,6 +105,7 @@ __global__ void apply_kernel(Form A, double scale, const T* x, T* y, int64_t row
   if (!accept(k)) return;
   x += k * cols;
   y += k * rows;
+  A = form_for_vector(A, k);
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   const unsigned lane = threadIdx.x % lanes;
   const auto finish_row = [&](int64_t i, T product) {
@@ -168,10 +170,18 @@ void launch_term(const Exec& exec, const Form& A, double scale, int64_t rows, in
               rows, cols, accumulate, accept, consume);
 }
 
+// What the low-rank terms need of x, before any row; at most 65535 vectors.
+template <class T, class Accept>
+void launch_projections(const Exec& exec, const Operator<T>& A, int64_t batch, const T* x, Accept accept) {
+  for (const OperatorTerm<T>& term : A.terms)
+    if (const auto* low = std::get_if<LowRank<T>>(&term.form)) launch_projections(exec.stream, *low, batch, x, accept);
+}
+
 // y = A x, at most 65535 vectors; `consume` sees the finished values of y.
 template <class T, class Accept, class Consume>
 void launch_apply(const Exec& exec, const Operator<T>& A, int64_t batch, unsigned blocks, const T* x, T* y,
                   Accept accept, Consume consume) {
+  launch_projections(exec, A, batch, x, accept);
   for (size_t t = 0; t < A.terms.size(); ++t) {
     const OperatorTerm<T>& term = A.terms[t];
     std::visit(

@@ -32,8 +32,15 @@ def cuda_device_count() -> int: ...  # 0 without a driver or without CUDA code; 
 def multiply_add(x: Tensor, y: Tensor, out: Tensor, a: float, b: float, threads: int) -> None: ...
 def zero_fill(out: Tensor, threads: int) -> None: ...
 def matvec(
-    operands: Sequence[Tensor], layout: Sequence[int], scales: Sequence[float], x: Tensor, y: Tensor, threads: int
+    operands: Sequence[Tensor],
+    layout: Sequence[int],
+    scales: Sequence[float],
+    x: Tensor,
+    y: Tensor,
+    projections: Tensor | None,  # float64, batch * projections_size(layout); may be absent where that is 0
+    threads: int,
 ) -> None: ...
+def projections_size(layout: Sequence[int]) -> int: ...  # doubles of workspace a vector, for low-rank terms
 def cg(
     operands: Sequence[Tensor],
     layout: Sequence[int],  # empty: `apply` stands in for the operator
@@ -48,6 +55,7 @@ def cg(
     info: Tensor,  # (batch, cg_state_size) float64
     history: Tensor,  # (batch, length) float64
     workspace: Tensor,  # uint8
+    projections: Tensor | None,  # float64, as for matvec, first that of the operator, then of the preconditioner
     rtol: float,
     atol: float,
     max_iterations: int,
@@ -69,6 +77,7 @@ def capped_cg(
     states: Tensor,  # (batch, capped_state_size) float64
     arrays: Tensor,  # (batch, 4, capacity) float64
     workspace: Tensor,  # uint8
+    projections: Tensor | None,  # as for cg
     rule: int,
     check_every: int,
     resume: bool,
@@ -86,6 +95,7 @@ def multishift_cg(
     state: Tensor,  # (multishift_state_size) float64
     shifts: Tensor,  # (multishift_scalars, count) float64
     workspace: Tensor,  # uint8
+    projections: Tensor | None,  # float64, for the low-rank terms
     check_every: int,
     product: Callable[[Tensor], Tensor] | None,
     p: Tensor,  # what `product` gets

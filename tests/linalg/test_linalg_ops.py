@@ -11,7 +11,7 @@ from torch import Tensor
 
 import op_checks
 from kantor.linalg import _native
-from kantor.linalg._native import CSR, DENSE, DIAGONAL, FACES, INCOMPLETE_CHOLESKY, STENCIL
+from kantor.linalg._native import CSR, DENSE, DIAGONAL, FACES, INCOMPLETE_CHOLESKY, LOW_RANK, STENCIL
 from op_checks import Arguments, ErrorCase, OpCase, Rand
 
 MATVEC, CG, IC0_SOLVE = torch.ops.kantor.matvec.default, torch.ops.kantor.cg.default, torch.ops.kantor.ic0_solve.default
@@ -54,6 +54,16 @@ def diagonal(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float
     return [rand(size).abs() + 0.5], [DIAGONAL, size], [-3.0]
 
 
+def low_rank(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
+    return [rand(5, size), rand(5)], [LOW_RANK, size, 5], [0.5]
+
+
+def shifted_low_rank(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
+    """Positive definite, also where five factors are disturbed a little."""
+    operands = [rand(5, size), rand(5).abs() + 0.1, rand(size).abs() + 0.5]
+    return operands, [LOW_RANK, size, 5, DIAGONAL, size], [0.5, 1.0]
+
+
 def total(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
     n = 2 * size
     parts = [stencil(size, rand), csr(n, rand, torch.int64), diagonal(n, rand)]
@@ -62,6 +72,7 @@ def total(size: int, rand: Rand) -> tuple[list[Tensor], list[int], list[float]]:
 
 
 FORMS = {"dense": dense, "csr": csr, "stencil": stencil, "faces": faces, "diagonal": diagonal, "sum": total}
+FORMS |= {"low rank": low_rank, "shifted low rank": shifted_low_rank}
 
 
 def unknowns(layout: list[int]) -> int:
@@ -81,6 +92,8 @@ def matrix_of(operands: list[Tensor], layout: list[int], scales: list[float]) ->
             part = torch.zeros(n, n, dtype=torch.float64).index_put((rows, t[1].long()), t[2], accumulate=True)
         elif term.kind == DIAGONAL:
             part = torch.diag(t[0])
+        elif term.kind == LOW_RANK:
+            part = t[0].mT @ torch.diag(t[1]) @ t[0]
         else:
             part = grid_matrix(term.kind, term.meta, t)
         result = result + scale * part
@@ -247,7 +260,7 @@ IC0 = OpCase(
 
 CASES = [
     *(matvec_case(name) for name in FORMS),
-    *(cg_case(name) for name in FORMS if name not in ("csr", "diagonal")),
+    *(cg_case(name) for name in FORMS if name not in ("csr", "diagonal", "low rank")),
     cg_case("csr", "with a diagonal"),
     IC0,
 ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import home
 from kantor import NumericalBreakdown
 from kantor.linalg import Diagonal, LowRank, capped_cg, cg, nystrom
 
@@ -61,6 +62,40 @@ def test_low_rank_inside_solvers() -> None:
     torch.testing.assert_close(
         d, -torch.linalg.solve(A.dense() + 2e-3 * torch.eye(30, dtype=F64), b), rtol=1e-6, atol=1e-8
     )
+
+
+@pytest.mark.parametrize(("rank", "n"), [(1, 5000), (9, 5000), (3, 40), (300, 40)])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_solvers_agree_on_every_device(device: str, dtype: torch.dtype, rank: int, n: int) -> None:
+    """Both ways to read the factors: once for few columns, twice for many."""
+    F, w, d, b = rand(rank, n), rand(rank, seed=1).abs(), rand(n, seed=2).abs() + 1, rand(2, n, seed=3)
+    A = LowRank(F.to(home(device), dtype), w.to(home(device), dtype)) + Diagonal(d.to(home(device), dtype))
+    right = b.to(home(device), dtype)
+    exact = (b @ F.T * w) @ F + d * b
+    size = exact.abs().max()
+    torch.testing.assert_close(
+        A.matvec(right).cpu().double(), exact, rtol=0, atol=float(size) * (1e-13 if dtype is F64 else 1e-5)
+    )
+    solution = cg(A, right, rtol=1e-10 if dtype is F64 else 1e-4).x
+    residual = A.matvec(solution) - right
+    assert residual.norm() <= (1e-9 if dtype is F64 else 1e-3) * right.norm()
+    step = capped_cg(A, right, damping=0.1, rule="step").d
+    assert (A.matvec(step) + 0.2 * step + right).norm() <= 0.01 * step.norm()
+    M = LowRank(1e-3 * F.to(right), w.to(right)) + Diagonal(1 / d.to(right))
+    preconditioned = cg(A, right, M=M, rtol=1e-4)
+    assert preconditioned.converged
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    before = torch.get_num_threads()
+    for rank, n in ((2, 70_000), (4000, 60)):
+        A, x = LowRank(rand(rank, n), rand(rank, seed=1)), rand(3, n, seed=2)
+        products = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            products.append(A.matvec(x))
+        torch.set_num_threads(before)
+        assert torch.equal(*products)
 
 
 @pytest.mark.parametrize(

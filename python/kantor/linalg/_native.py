@@ -1,12 +1,15 @@
 """The torch operators of ``kantor.linalg``: matvec, cg, ic0_solve and csr_transpose.
 
-Every native operator travels as ``(operands, layout, scales)``; csrc/linalg/operator.h documents the encoding. All
-operators are linear in their floating-point operands, so one bilinear form per kind gives every derivative: with
-``outer(operands, u, v)`` the gradient of ``u' A v`` with respect to the operands,
+Every native operator travels as ``(operands, layout, scales)``; csrc/linalg/operator.h documents the encoding. One
+bilinear form per kind gives every derivative: with ``outer(operands, u, v)`` the gradient of ``u' A v`` with respect to
+the operands,
 
 * matvec ``y = A x``: gradients ``A' g`` and ``outer(g, x)``;
 * cg ``x = A^-1 b`` (A symmetric): ``l = A^-1 g`` for b and ``-outer(l, x)`` for the operands, by implicit
   differentiation.
+
+All operators but the low-rank ones, which are quadratic in their factors, are linear in their floating-point operands:
+the tangent of A is A with tangents for operands. `tangent_product` has both cases.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from kantor import _C
 from kantor._checks import host, is_readable
 from kantor._ops import Context, backend, declare
 
-DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY = range(6)
-_META = {DENSE: 2, CSR: 3, STENCIL: 6, FACES: 4, DIAGONAL: 1}  # integers after the kind, per term
+DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY, LOW_RANK = range(7)
+_META = {DENSE: 2, CSR: 3, STENCIL: 6, FACES: 4, DIAGONAL: 1, LOW_RANK: 2}  # integers after the kind, per term
 
 # Columns of the `info` output of cg: struct CgState in csrc/linalg/cg.h.
 STATUS, ITERATIONS, RESIDUAL_NORM, B_NORM, CURVATURE, HISTORY_STRIDE, HISTORY_COUNT, RESTARTS = range(8)
@@ -65,7 +68,7 @@ def split_terms(operands: Sequence[Any], layout: Sequence[int]) -> list[Term]:
     while at < len(layout):
         kind = layout[at]
         meta = list(layout[at + 1 : at + 1 + _META[kind]])
-        count = {DENSE: 1, CSR: 3, STENCIL: 1, FACES: 4 if meta[-1] == 3 else 3, DIAGONAL: 1}[kind]
+        count = {DENSE: 1, CSR: 3, STENCIL: 1, FACES: 4 if meta[-1] == 3 else 3, DIAGONAL: 1, LOW_RANK: 2}[kind]
         terms.append(Term(kind, meta, list(operands[used : used + count])))
         at += 1 + len(meta)
         used += count
@@ -96,6 +99,10 @@ def _outer_term(term: Term, scale: float, u: Tensor, v: Tensor) -> list[Tensor |
         return [None, None, scale * (u.mT.index_select(0, rows) * v.mT.index_select(0, col)).sum(-1)]
     if term.kind == DIAGONAL:
         return [scale * (u * v).sum(0)]
+    if term.kind == LOW_RANK:
+        F, w = term.operands
+        Fu, Fv = u @ F.mT, v @ F.mT
+        return [scale * (w.unsqueeze(-1) * (Fu.mT @ v + Fv.mT @ u)), scale * (Fu * Fv).sum(0)]
     grid = term.meta[:3]
     U, V = u.reshape(-1, *grid), v.reshape(-1, *grid)
     if term.kind == STENCIL:
@@ -123,7 +130,7 @@ def outer(
 
 
 def transposed(operands: Sequence[Tensor], layout: Sequence[int], scales: Sequence[float]) -> Encoded:
-    """Encoding of the transposed operator; grid stencils and diagonals are symmetric."""
+    """Encoding of the transposed operator; the other forms are symmetric."""
     new_operands: list[Tensor] = []
     new_layout: list[int] = []
     for term in split_terms(operands, layout):
@@ -139,14 +146,53 @@ def transposed(operands: Sequence[Tensor], layout: Sequence[int], scales: Sequen
     return Encoded(new_operands, new_layout, list(scales))
 
 
-def _tangent_operands(operands: Sequence[Tensor], tangents: Sequence[Tensor | None] | None) -> list[Tensor] | None:
-    """Operands with the floating-point ones replaced by their tangents; None when there are none."""
+def tangent_product(
+    operands: Sequence[Tensor],
+    tangents: Sequence[Tensor | None] | None,
+    layout: Sequence[int],
+    scales: Sequence[float],
+    x: Tensor,
+) -> Tensor | None:
+    """Product of x with the tangent of A; None when no operand has one."""
     if tangents is None or all(t is None for t in tangents):
         return None
-    return [
-        value if not value.is_floating_point() else torch.zeros_like(value) if tangent is None else tangent
-        for value, tangent in zip(operands, tangents, strict=True)
-    ]
+    result: Tensor | None = None
+    linear = Encoded([], [], [])
+    terms, d_terms = split_terms(operands, layout), split_terms(tangents, layout)
+    for term, d_term, scale in zip(terms, d_terms, scales, strict=True):
+        if all(t is None for t in d_term.operands):
+            continue
+        if term.kind == LOW_RANK:
+            (F, w), (dF, dw) = term.operands, d_term.operands
+            part = scale * _low_rank_tangent(F, w, dF, dw, x)
+            result = part if result is None else result + part
+            continue
+        linear.operands.extend(
+            value if not value.is_floating_point() else torch.zeros_like(value) if tangent is None else tangent
+            for value, tangent in zip(term.operands, d_term.operands, strict=True)
+        )
+        linear.layout.extend([term.kind, *term.meta])
+        linear.scales.append(scale)
+    if linear.layout:
+        product: Tensor = matvec(*linear, x)
+        result = product if result is None else result + product
+    return result
+
+
+def _low_rank_tangent(F: Tensor, w: Tensor, dF: Tensor | None, dw: Tensor | None, x: Tensor) -> Tensor:
+    """``(dF' diag(w) F + F' diag(w) dF + F' diag(dw) F) x``."""
+    c = x @ F.mT
+    parts = [] if dF is None else [(c * w) @ dF, (x @ dF.mT * w) @ F]
+    if dw is not None:
+        parts.append((c * dw) @ F)
+    return torch.stack(parts).sum(0)
+
+
+def projections(A: Encoded, M: Encoded | None, batch: int, like: Tensor) -> Tensor | None:
+    """Workspace for the low-rank terms of an operator and a preconditioner; None where there are none."""
+    layouts = [A.layout] if M is None else [A.layout, M.layout]
+    size = sum(backend().projections_size(layout) for layout in layouts if LOW_RANK in layout)
+    return like.new_empty(batch * size, dtype=torch.float64) if size else None
 
 
 # --- matvec -----------------------------------------------------------------------------------------------------------
@@ -154,7 +200,9 @@ def _tangent_operands(operands: Sequence[Tensor], tangents: Sequence[Tensor | No
 
 def _matvec_forward(operands: list[Tensor], layout: list[int], scales: list[float], x: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:-1], split_terms(operands, layout)[0].rows)
-    backend().matvec(operands, layout, scales, x, y, torch.get_num_threads())
+    batch = x.numel() // max(x.shape[-1], 1)
+    work = projections(Encoded(operands, layout, scales), None, batch, x)
+    backend().matvec(operands, layout, scales, x, y, work, torch.get_num_threads())
     return y
 
 
@@ -168,9 +216,8 @@ def _matvec_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
 def _matvec_jvp(ctx: Context, d_operands: Any, d_layout: None, d_scales: None, dx: Tensor | None) -> Tensor:
     operands, layout, scales, x = ctx.inputs
     result: Tensor | None = None if dx is None else matvec(operands, layout, scales, dx)
-    tangent = _tangent_operands(operands, d_operands)
-    if tangent is not None:
-        product: Tensor = matvec(tangent, layout, scales, x)
+    product = tangent_product(operands, d_operands, layout, scales, x)
+    if product is not None:
         result = product if result is None else result + product
     assert result is not None
     return result
@@ -265,7 +312,8 @@ def run_cg(
 
     current = hooks.get()
     native.cg(
-        *A, *M, b2, x, [r, p.view(b2.shape), q, z], x0 is None, info, history, workspace, rtol, atol, maxiter,
+        *A, *M, b2, x, [r, p.view(b2.shape), q, z], x0 is None, info, history, workspace,
+        projections(A, M, batch, b2), rtol, atol, maxiter,
         None if apply is None else apply_callback,
         None if precondition is None else precondition_callback,
         current.monitor, torch.get_num_threads(),
@@ -379,9 +427,9 @@ def _cg_jvp(ctx: Context, d_operands: Any, *tangents: Any) -> Tensor:
     operands, layout, scales, *_ = ctx.inputs
     x, db = ctx.outputs[0], tangents[5]
     right = torch.zeros_like(x) if db is None else db
-    tangent = _tangent_operands(operands, d_operands)
-    if tangent is not None:
-        right = right - matvec(tangent, layout, scales, x)
+    product = tangent_product(operands, d_operands, layout, scales, x)
+    if product is not None:
+        right = right - product
     return _derivative_solve(ctx.inputs, right)
 
 

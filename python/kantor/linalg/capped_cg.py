@@ -208,6 +208,7 @@ class CappedSolver:
         if self._workspace.numel() == 0:
             size = native.capped_workspace_bytes(self._batch)
             self._workspace = torch.empty(size, dtype=torch.uint8, device=self._r.device)
+        projections = _native.projections(encoded or _NONE, M, self._batch, self._r)
         arrays = self._arrays[: 4 * self._batch * (limit + 1)]
         vectors = [self._y, self._Hy, self._r, self._p, self._Hp, z, self._q if self._q is not None else self._r]
         states = self._host.to(self._r.device) if on_cuda else self._host
@@ -216,7 +217,7 @@ class CappedSolver:
         while True:
             calls += native.capped_cg(
                 *(encoded or _NONE), *M, g.reshape(self._r.shape), vectors, states, arrays, self._workspace,
-                RULES.index(rule), every, resume, None if encoded else H,
+                projections, RULES.index(rule), every, resume, None if encoded else H,
                 z.view(self.shape) if M_inv is not None else self._r_view, precondition, torch.get_num_threads(),
             )  # fmt: skip
             if on_cuda:

@@ -174,7 +174,8 @@ def _sequence(
     workspace = torch.empty(native.multishift_workspace_bytes(), dtype=torch.uint8, device=device)
     encoded = A.encode() if A.is_native else Encoded([], [], [])
     calls = native.multishift_cg(
-        *encoded, b, [r, p, q, x, directions], state, table, workspace, 8 if b.is_cuda else 1,
+        *encoded, b, [r, p, q, x, directions], state, table, workspace,
+        _native.projections(encoded, None, 1, b), 8 if b.is_cuda else 1,
         None if A.is_native else lambda v: plain(A.matvec(v)), p, torch.get_num_threads(),
     )  # fmt: skip
     _, _, _, status, iterations, *_ = state.tolist()
