@@ -1,11 +1,15 @@
-"""The ten problems of kantor.datasets: Kantor's minimisers and SciPy's in one run.
+"""The ten problems of kantor.datasets: Kantor's minimisers, SciPy's and torch's L-BFGS in one run.
 
     python bench/optim/bench_minimize.py --seeds 0 1 2 --repeats 3 -o results/minimize.jsonl
+    python bench/optim/bench_minimize.py --autograd          # derivatives by torch instead of by hand
 
-Every method gets the same NumPy callables (value, gradient, product), tolerance 1e-6 on the Euclidean norm of the
-gradient and 20 000 products, kept by an exception from inside the callable. SciPy runs by itself, not through Kantor.
-CPU seconds are medians over interleaved repetitions. Means are shifted geometric (shift 10) over the problems that the
-method and trust-krylov both solved.
+Every method gets the same callables (value, gradient, Hessian-vector product), tolerance 1e-6 on the Euclidean norm of
+the gradient and a budget of 20 000 products or 40 000 gradients, kept by an exception from inside a callable. SciPy and
+torch run by themselves, not through Kantor. SciPy's Newton-CG and torch's L-BFGS do not test that norm: they are
+stopped from outside, with the gradient that they asked for last. CPU seconds are medians over interleaved repetitions.
+
+Means are shifted geometric (shift 10), given twice: over the problems that the method and trust-krylov both solved, and
+over all problems, where an unsolved one counts with what was spent on it. Work counts gradients, a product as two.
 """
 
 from __future__ import annotations
@@ -36,47 +40,110 @@ class OverBudget(Exception):
 
 
 class Counted:
-    """A problem's callables with their counts."""
+    """A problem's callables with their counts, by hand or by automatic differentiation."""
 
-    def __init__(self, problem: MinimizationProblem) -> None:
-        self.problem = problem
-        self.hvps = self.points = 0
-        self._last: Any = None
+    def __init__(self, problem: MinimizationProblem, autograd: bool = False) -> None:
+        self.problem, self.autograd = problem, autograd
+        self.hvps = self.points = self.grads = 0
+        self.x = self.g = np.empty(0)  # where the gradient was asked for last, and that gradient
+        self._last = np.empty(0)
+        self._graphs: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def fun(self, x: Any) -> float:
+        return self.problem.fun(torch.from_numpy(x)).item() if self.autograd else self.problem.fun_numpy(x)
+
+    def grad(self, x: Any) -> Any:
+        self.grads += 1
+        if self.grads > 2 * BUDGET:
+            raise OverBudget
+        self.g = self._graph(x)[1].detach().numpy() if self.autograd else self.problem.grad_numpy(x)
+        self.x = x.copy()
+        return self.g
 
     def hvp(self, x: Any, v: Any) -> Any:
         self.hvps += 1
         if self.hvps > BUDGET:
             raise OverBudget
-        if self._last is None or not np.array_equal(self._last, x):
+        if not np.array_equal(self._last, x):
             self._last = x.copy()
             self.points += 1
-        return self.problem.hvp_numpy(x, v)
+        if not self.autograd:
+            return self.problem.hvp_numpy(x, v)
+        leaf, g = self._graph(x)
+        return torch.autograd.grad(g, leaf, torch.from_numpy(v), retain_graph=True)[0].numpy()
+
+    def _graph(self, x: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient with its graph, which serves all products at x; the last two are kept, for rejected steps."""
+        key = x.tobytes()
+        if key not in self._graphs:
+            leaf = torch.from_numpy(x.copy()).requires_grad_()
+            (g,) = torch.autograd.grad(self.problem.fun(leaf), leaf, create_graph=True)
+            self._graphs = dict([*list(self._graphs.items())[-1:], (key, (leaf, g))])
+        return self._graphs[key]
+
+    def norm(self, x: Any) -> float:
+        """Of the gradient at x, for nothing if it was the last one asked for."""
+        return float(np.linalg.norm(self.g if np.array_equal(self.x, x) else self.grad(x)))
 
 
 def kantor(**options: Any) -> Callable[[Counted], Any]:
+    """Through NumPy callables, or with torch's own derivatives."""
+
     def run(c: Counted) -> Any:
-        p = c.problem
-        return minimize(p.fun_numpy, p.x0.numpy(), grad=p.grad_numpy, hvp=c.hvp, tol=TOL, **options).x
+        if not c.autograd:
+            return minimize(c.fun, c.problem.x0.numpy(), grad=c.grad, hvp=c.hvp, tol=TOL, **options).x
+        result = minimize(c.problem.fun, c.problem.x0, tol=TOL, max_hvp=BUDGET, **options)
+        c.grads, c.hvps, c.points = result.n_grad, result.n_hvp, result.n_points
+        return result.x.numpy()
 
     return run
 
 
 def scipy(method: str) -> Callable[[Counted], Any]:
     def run(c: Counted) -> Any:
-        p = c.problem
-        stop = {"gtol": TOL} if method.startswith("trust") else {"xtol": 1e-10}
-        options = {"maxiter": 20_000, **stop}
+        def stop(intermediate_result: Any) -> None:
+            if c.norm(intermediate_result.x) <= TOL:
+                raise StopIteration
+
+        trust = method.startswith("trust")
+        test = {"gtol": TOL} if trust else {"xtol": 1e-300}
         return scipy_minimize(
-            p.fun_numpy, p.x0.numpy(), jac=p.grad_numpy, hessp=c.hvp, method=method, options=options
-        ).x
+            c.fun, c.problem.x0.numpy(), jac=c.grad, hessp=c.hvp, method=method, callback=None if trust else stop,
+            options={"maxiter": 20_000, **test},
+        ).x  # fmt: skip
 
     return run
+
+
+def lbfgs(c: Counted) -> Any:
+    """torch's with strong Wolfe search, a step at a time: each begins with the value and gradient that are known."""
+    x = c.problem.x0.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=1, max_eval=30, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+    value = 0.0
+
+    def closure() -> torch.Tensor:
+        nonlocal value
+        at = x.detach().numpy()
+        if not np.array_equal(c.x, at):
+            value = c.fun(at)
+            c.grad(at)
+        x.grad = torch.from_numpy(c.g.copy())
+        return torch.tensor(value, dtype=x.dtype)
+
+    while True:
+        before = x.detach().clone()
+        optimizer.step(closure)
+        if c.norm(x.detach().numpy()) <= TOL or torch.equal(before, x.detach()):
+            return x.detach().numpy()
 
 
 METHODS = {
     BASE: scipy("trust-krylov"),
     "trust-ncg": scipy("trust-ncg"),
     "newton-cg": scipy("Newton-CG"),
+    "lbfgs": lbfgs,
     "arncg": kantor(),
     "arncg guarantee": kantor(preset="guarantee"),
     "arncg paper": kantor(preset="paper"),
@@ -85,35 +152,62 @@ METHODS = {
 WANTED = {"arncg": (1.1, math.inf), "arncg guarantee": (1.8, 0.85), "arncg paper": (2.4, 0.85)}
 
 
-def measure(name: str, problem: MinimizationProblem) -> dict[str, Any]:
-    counted = Counted(problem)
+def measure(name: str, problem: MinimizationProblem, autograd: bool) -> dict[str, Any]:
+    """One run."""
+    counted = Counted(problem, autograd)
     started = time.process_time()
     try:
         x = METHODS[name](counted)
-        solved = bool(np.linalg.norm(problem.grad_numpy(x)) <= TOL)
+        solved = bool(np.linalg.norm(problem.grad_numpy(x)) <= TOL * (1 + 1e-6))  # two ways to sum, one gradient
     except OverBudget:
         solved = False
     seconds = time.process_time() - started
-    facts = {"solved": solved, "hvps": counted.hvps, "points": counted.points, "seconds": seconds}
-    return {"method": name, "problem": problem.name, **facts}
+    counts = {"hvps": counted.hvps, "points": counted.points, "work": counted.grads + 2 * counted.hvps}
+    return {"method": name, "problem": problem.name, "solved": solved, **counts, "seconds": seconds}
 
 
 def shifted_mean(values: list[float], shift: float = 10.0) -> float:
     return math.exp(statistics.fmean(math.log(v + shift) for v in values)) - shift
 
 
-def summary(records: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Means of a method and its ratios to the base, over what both solved."""
+def summary(records: list[dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+    """Ratios of a method's means to the base's: over what both solved, and over all."""
     by = {(r["method"], r["seed"], r["problem"]): r for r in records}
-    mine = [r for r in records if r["method"] == name]
-    pairs = [(r, by[BASE, r["seed"], r["problem"]]) for r in mine]
-    both = [(a, b) for a, b in pairs if a["solved"] and b["solved"]]
-    out: dict[str, float] = {"solved": sum(r["solved"] for r in mine), "of": len(mine)}
-    for key in ("hvps", "points"):
-        a, b = (shifted_mean([pair[k][key] for pair in both]) for k in (0, 1))
-        out[key], out[f"{key}_ratio"] = a, a / b
-    out["seconds_ratio"] = math.exp(statistics.fmean(math.log(a["seconds"] / b["seconds"]) for a, b in both))
+    everything = [(r, by[BASE, r["seed"], r["problem"]]) for r in records if r["method"] == name]
+    both = [(a, b) for a, b in everything if a["solved"] and b["solved"]]
+    out = {}
+    for label, pairs in (("both", both), ("all", everything)):
+        out[label] = {
+            key: shifted_mean([a[key] for a, _ in pairs]) / shifted_mean([b[key] for _, b in pairs])
+            for key in ("hvps", "points", "work")
+        }
+        out[label]["seconds"] = math.exp(statistics.fmean(math.log(a["seconds"] / b["seconds"]) for a, b in pairs))
     return out
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Ratios to trust-krylov and what is wanted of them."""
+    lines = [
+        f"{'':<16} {'':>7}  {'over what both solved':^31}  {'over all, as spent':^31}",
+        f"{'method':<16} {'solved':>7}" + f"  {'products':>8} {'points':>6} {'work':>6} {'CPU s':>6} " * 2 + " wanted",
+    ]
+    for name in METHODS:
+        mine = [r for r in records if r["method"] == name]
+        line = f"{name:<16} {sum(r['solved'] for r in mine):>4}/{len(mine):<2}"
+        for ratios in summary(records, name).values():
+            line += "  {hvps:>8.2f} {points:>6.2f} {work:>6.2f} {seconds:>6.2f} ".format(**ratios)
+        products, points = WANTED.get(name, (math.inf, math.inf))
+        goals = [f"products <= {products}"] if products < math.inf else []
+        goals += [f"points <= {points}"] if points < math.inf else []
+        lines.append(f"{line} {', '.join(goals)}".rstrip())
+    base = [r for r in records if r["method"] == BASE]
+    products, points = (shifted_mean([r[key] for r in base]) for key in ("hvps", "points"))
+    lines.append(f"{BASE} over all: {products:.1f} products, {points:.1f} points")
+    for name in METHODS:
+        unsolved = [f"{r['problem']} ({r['seed']})" for r in records if r["method"] == name and not r["solved"]]
+        if unsolved:
+            lines.append(f"not solved by {name}: {', '.join(unsolved)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -121,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--autograd", action="store_true", help="derivatives by torch")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--large", type=int, default=1_000_000, help="size of the large problem; 0: none")
     arguments = parser.parse_args()
@@ -132,25 +227,14 @@ def main() -> None:
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
             for _ in range(arguments.repeats):
                 for name in METHODS:
-                    runs[name].append(measure(name, problem))
+                    runs[name].append(measure(name, problem, arguments.autograd))
             for measured in runs.values():
                 seconds = statistics.median(r["seconds"] for r in measured)
                 records.append(measured[0] | {"seed": seed, "seconds": seconds})
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("".join(json.dumps(r) + "\n" for r in records))
-    print(
-        f"{'method':<16} {'solved':>8} {'products':>9} {'ratio':>6} {'points':>7} {'ratio':>6} {'CPU ratio':>9}  wanted"
-    )
-    for name in METHODS:
-        s = summary(records, name)
-        products, points = WANTED.get(name, (math.inf, math.inf))
-        goals = [f"products <= {products}"] if products < math.inf else []
-        goals += [f"points <= {points}"] if points < math.inf else []
-        print(
-            f"{name:<16} {s['solved']:>4}/{s['of']:<3} {s['hvps']:>9.1f} {s['hvps_ratio']:>6.2f} {s['points']:>7.1f} "
-            f"{s['points_ratio']:>6.2f} {s['seconds_ratio']:>9.2f}  {', '.join(goals)}"
-        )
+    print(table(records), flush=True)
     if arguments.large:
         large(arguments.large)
 

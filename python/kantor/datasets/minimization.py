@@ -42,11 +42,18 @@ class MinimizationProblem:
     hvp_numpy: Callable[[Array, Array], Array]
 
 
+def _check(name: str, n: int, group: int) -> None:
+    if not (isinstance(n, int) and n >= group and n % group == 0):
+        raise ValueError(f"{name}: n: expected a positive multiple of {group}, got {n!r}")
+
+
 # --- textbook ---
 
 
 def rosenbrock(n: int = 100) -> MinimizationProblem:
     """Chained Rosenbrock from (-1.2, 1, -1.2, 1, ...): a long curved valley."""
+    if not (isinstance(n, int) and n >= 2):
+        raise ValueError(f"rosenbrock: n: expected an integer >= 2, got {n!r}")
 
     def fun(x: Tensor) -> Tensor:
         return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
@@ -74,6 +81,7 @@ def rosenbrock(n: int = 100) -> MinimizationProblem:
 
 def extended_rosenbrock(n: int = 100) -> MinimizationProblem:
     """n / 2 independent Rosenbrock functions of two unknowns, from (-1.2, 1); n even."""
+    _check("extended_rosenbrock", n, 2)
 
     def fun(x: Tensor) -> Tensor:
         a, b = x[::2], x[1::2]
@@ -102,6 +110,7 @@ def extended_rosenbrock(n: int = 100) -> MinimizationProblem:
 
 def powell(n: int = 100) -> MinimizationProblem:
     """Extended Powell: the Hessian is singular at the minimum; n divisible by four."""
+    _check("powell", n, 4)
 
     def fun(x: Tensor) -> Tensor:
         a, b, c, d = x.view(-1, 4).T
@@ -130,6 +139,7 @@ def powell(n: int = 100) -> MinimizationProblem:
 
 def woods(n: int = 100) -> MinimizationProblem:
     """Extended Woods from (-3, -1, -3, -1, ...): a saddle on the way; n divisible by four."""
+    _check("woods", n, 4)
 
     def fun(x: Tensor) -> Tensor:
         a, b, c, d = x.view(-1, 4).T
@@ -371,7 +381,7 @@ def coupled_humps(n: int = 50, seed: int = 0) -> MinimizationProblem:
 
 
 def sine_maximum(offset: float = 1e-6) -> MinimizationProblem:
-    """``sin(x) sin(y)``-like hills, started `offset` from a maximum, where some Newton methods stay."""
+    """``cos x + cos y`` (scipy/scipy#20213), started `offset` from its maximum, where some Newton methods stay."""
 
     def fun(x: Tensor) -> Tensor:
         return torch.cos(x).sum()
