@@ -140,7 +140,7 @@ KANTOR_HD void capped_after_update(CappedState& s, const CappedOptions& options,
   s.iterations += 1;
   s.rr = rr, s.yy = yy, s.y_Hy = y_Hy;
   s.residual_norm = std::sqrt(rr);
-  if (!std::isfinite(rr) || !std::isfinite(y_Hy)) return s.finish(CappedStatus::breakdown);
+  if (!std::isfinite(rr) || !std::isfinite(yy) || !std::isfinite(y_Hy)) return s.finish(CappedStatus::breakdown);
   if (yy > 0) s.h_norm = std::fmax(s.h_norm, std::sqrt(Hy_Hy / yy));
   if (options.rule == CappedRule::residual && rr > 0) return;
   if (!capped_test_iterate(s, options.rule) && s.iterations >= s.limit) s.finish_at_limit();

@@ -86,12 +86,12 @@ def test_guarantees_on_random_matrices(rule: str) -> None:
         assert result.n_iter <= 2 * len(g)
 
 
-@pytest.mark.parametrize("rule", ["step", "truncated"])
+@pytest.mark.parametrize("rule", RULES)
 def test_guarantees_in_float32(rule: str) -> None:
     for kind, H, g, eps in cases(200):
         single = H.float()
         lowest = float(torch.linalg.eigvalsh(single.double())[0])
-        result = capped_cg(single, g.float(), damping=eps, rtol=0.1, rule=rule, max_iter=10 * len(g) + 50)
+        result = capped_cg(single, g.float(), damping=eps, rule=rule)
         if lowest > -eps / 2:
             assert result.status is CappedCGStatus.SOL, (kind, result)
         if result.status is CappedCGStatus.NC:
@@ -191,47 +191,6 @@ def injected(H: Any, g: Tensor, eps: float, shift: float, **options: Any) -> tup
     solver.log_T_shift = shift
     solver.solve(H, g, eps, 0.01, **options)
     return solver, solver.outcome()
-
-
-def hidden_curvature() -> tuple[Tensor, Tensor, float]:
-    """Negative curvature that g hardly sees: tests 1 and 3 need many iterations to find it."""
-    values = torch.cat([torch.tensor([-0.5], dtype=F64), torch.logspace(-1, 3, 60, dtype=F64)])
-    g = torch.ones(61, dtype=F64)
-    g[0] = 1e-3
-    return torch.diag(values), g, 0.2
-
-
-def test_suspicion_is_looked_at_and_dropped_where_unfounded() -> None:
-    """With T made small test 4 suspects early; a definite matrix is solved all the same, with the products counted."""
-    H = torch.diag(torch.logspace(-1, 1, 40, dtype=F64))
-    g = torch.ones(40, dtype=F64)
-    calls = 0
-
-    def product(v: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return H @ v
-
-    plain = capped_cg(H, g, damping=1e-3)
-    solver, outcome = injected(product, g, 1e-3, -200.0)
-    assert outcome.status == "SOL"
-    assert solver.n_hvp == calls
-    torch.testing.assert_close(solver.d, plain.d, rtol=1e-7, atol=1e-9)
-
-
-def test_suspicion_that_is_right_gives_a_direction() -> None:
-    H, g, eps = hidden_curvature()
-    found = 0
-    for shift in (-400.0, -100.0, -60.0):
-        _, outcome = injected(lambda v: H @ v, g, eps, shift)
-        reference = capped_reference(H, g, eps, log_T_shift=shift)
-        assert outcome.status == reference.status == "NC"
-        found += outcome.n_iter == reference.iterations
-        solver, again = injected(lambda v: H @ v, g, eps, shift)
-        d = solver.d
-        assert again.length == pytest.approx(float(d.norm()), rel=1e-14)
-        assert float(d @ H @ d) < -eps * float(d @ d)
-    assert found == 3
 
 
 # --- preconditioning ---

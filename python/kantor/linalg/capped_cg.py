@@ -34,7 +34,7 @@ _NONE = Encoded([], [], [])
 # Columns of the states: struct CappedState in csrc/linalg/capped_cg.h.
 _DAMPING, _RTOL, _ATOL, _LIMIT, _HNORM, _LOG_T_SHIFT = range(6)  # settings, in the order of `solve`
 _STATUS, _ITERATIONS, _PRODUCTS, _RESIDUAL_NORM, _CURVATURE, _ALONG_P, _SUSPECT, _TEST4_OFF = range(6, 14)
-_YY, _PP = 18, 20  # squares of the two vectors of which one is the direction
+_YY, _Y_HY, _PP = 18, 19, 20  # y'y, y'Hy, p'p; the direction is y or p
 _RUNNING, _NC, _TERM, _INTERRUPTED, _IS_SUSPECT = 0, 2, 3, 5, 6
 
 
@@ -53,7 +53,10 @@ class CappedCGStatus(Status):
         "TERM",
         "The iteration limit was reached first: d is the last iterate. Raise max_iter or loosen rtol.",
     )
-    BREAKDOWN = ("BREAKDOWN", "The products or the preconditioner gave NaN or infinity.")
+    BREAKDOWN = (
+        "BREAKDOWN",
+        "The products or the preconditioner gave NaN or infinity, or the square of a vector overflowed.",
+    )
     INDEFINITE_PRECONDITIONER = (
         "INDEFINITE_PRECONDITIONER",
         "The preconditioner gave r'Mr <= 0: it is not positive definite.",
@@ -202,14 +205,16 @@ class CappedSolver:
 
         if encoded is not None or M.layout:
             self._q = torch.empty_like(self._r) if self._q is None else self._q
-        if self._arrays.numel() < 4 * self._batch * (limit + 1):
+        # Test 4 is off beyond 2 n iterations, since without rounding there are n at most.
+        length = 4 * self._batch * (min(limit, 2 * self._n) + 1)
+        if self._arrays.numel() < length:
             # Memory that is not touched costs nothing: the arrays fill up to the iterations made.
-            self._arrays = torch.empty(4 * self._batch * (limit + 1), dtype=torch.float64, device=self._r.device)
+            self._arrays = torch.empty(length, dtype=torch.float64, device=self._r.device)
         if self._workspace.numel() == 0:
             size = native.capped_workspace_bytes(self._batch)
             self._workspace = torch.empty(size, dtype=torch.uint8, device=self._r.device)
         projections = _native.projections(encoded or _NONE, M, self._batch, self._r)
-        arrays = self._arrays[: 4 * self._batch * (limit + 1)]
+        arrays = self._arrays[:length]
         vectors = [self._y, self._Hy, self._r, self._p, self._Hp, z, self._q if self._q is not None else self._r]
         states = self._host.to(self._r.device) if on_cuda else self._host
         calls, self._extra_products = 0, 0
@@ -253,15 +258,16 @@ class CappedSolver:
         running = False
         for k in (k for k, status in enumerate(statuses) if status == _IS_SUSPECT):
             i, j, damping = int(table[k, _SUSPECT]), int(table[k, _ITERATIONS]), float(table[k, _DAMPING])
-            alphas = arrays[k, 0, : j + 1].tolist()
-            y, r = torch.zeros_like(self._y[k]), g.reshape(self._r.shape)[k].clone()
-            p = -r
-            for alpha in alphas[:i]:
-                Hp = self._product(H, p, k)
-                y += alpha * p
-                r_new = r + alpha * (Hp + 2 * damping * p)
-                p = -r_new + _dot(r_new, r_new) / _dot(r, r) * p
-                r = r_new
+            alphas, squares = arrays[k, :2, : j + 1].tolist()
+            r = g.reshape(self._r.shape)[k]
+            y, p, Hp = (torch.zeros_like(r) for _ in range(3))
+            for step in range(i):  # rounded like the iteration, lest y+ - y_i be lost in the difference of two runs
+                beta = squares[step] / squares[step - 1] if step else 0.0
+                Hr = self._product(H, r, k)
+                p = beta * p - r
+                Hp = beta * Hp - Hr
+                y = y + alphas[step] * p
+                r = r + alphas[step] * (Hp + 2 * damping * p)
             d = self._y[k] + alphas[j] * self._p[k] - y
             Hd = self._product(H, d, k)
             square = _dot(d, d)
@@ -270,7 +276,7 @@ class CappedSolver:
                 self._p[k] = d
                 table[k, _STATUS], table[k, _ALONG_P], table[k, _CURVATURE], table[k, _PP] = _NC, 1, curvature, square
             elif j >= table[k, _LIMIT]:
-                table[k, _STATUS] = _TERM
+                table[k, _STATUS], table[k, _CURVATURE] = _TERM, table[k, _Y_HY] / table[k, _YY]
             else:  # rounding: the residual is large, but no direction says why
                 table[k, _STATUS], table[k, _TEST4_OFF] = _RUNNING, 1
                 running = True
@@ -404,7 +410,7 @@ def capped_cg(
     with torch.no_grad():
         g = g.detach().resolve_neg().contiguous()
         # A power of two brings g to size one: its square neither under- nor overflows, and no bit of d changes.
-        size = torch.exp2(torch.frexp(g.abs().amax(-1, keepdim=True)).exponent.double())
+        size = torch.exp2(torch.frexp(g.abs().amax(-1, keepdim=True)).exponent.double() - 1)
         if bool((g == 0).all(-1).any()):
             raise ValueError(
                 "capped_cg: g: expected a vector that is not zero; at a stationary point there is no direction"
@@ -416,7 +422,7 @@ def _scaled_solve(
     operator: LinearOperator, g: Tensor, size: Tensor, numbers: dict[str, Any], rule: Rule, max_iter: int | None,
     M_inv: Any, check_every: int | None,
 ) -> CappedCGResult:  # fmt: skip
-    """Solve for g / size unless the rule looks at the size of g, and scale back."""
+    """Solve for g / size where squares of g might be out of range, and scale back."""
     largest, smallest = float(size.max()), float(size.min())
     safe = (
         (1e-15 if g.dtype is torch.float32 else 1e-120)
@@ -424,15 +430,21 @@ def _scaled_solve(
         <= largest
         < (1e15 if g.dtype is torch.float32 else 1e120)
     )
-    if safe or rule == "truncated":
+    if safe:
         size = torch.ones_like(size)
     factor = size.to(g.dtype)
-    preconditioner = as_preconditioner(M_inv, operator, g)
+    scaled = g / factor
+    preconditioner = as_preconditioner(M_inv, operator, g, "capped_cg: M_inv")
     solver = CappedSolver(g)
-    scale = size.squeeze(-1).cpu().numpy() if g.ndim == 2 else float(size)
+    scale = size.squeeze(-1).cpu().numpy()
+    with np.errstate(over="ignore"):
+        atol = numbers["atol"] / scale
+    if not safe and rule == "truncated":  # it looks at the size of g, which the scaled system has no more
+        norm = scaled.double().norm(dim=-1).cpu().numpy()
+        atol = np.fmin(atol, np.nextafter(norm * np.fmin(0.5, np.sqrt(norm) * np.sqrt(scale)), math.inf))
     solver.solve(
         operator.encode() if operator.is_native else lambda v: plain(operator.matvec(v)),
-        g / factor, numbers["damping"], numbers["rtol"], rule=rule, atol=numbers["atol"] / scale,
+        scaled, numbers["damping"], numbers["rtol"], rule=rule, atol=atol,
         hnorm=numbers["hnorm"], max_iter=max_iter, M_inv=preconditioner, check_every=check_every,
     )  # fmt: skip
     systems = [solver.outcome(k) for k in range(1 if g.ndim == 1 else g.shape[0])]

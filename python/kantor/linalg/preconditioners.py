@@ -160,18 +160,18 @@ def _reorder(crow: Tensor, col: Tensor, values: Tensor, order: Tensor) -> tuple[
     return new_crow.int(), rank[col.long()[source]].int(), values[source].contiguous()
 
 
-def as_preconditioner(M: Any, A: LinearOperator, like: Tensor) -> LinearOperator | None:
-    """Resolve the ``M`` argument of a solver: None, a name, an operator or a callable."""
+def as_preconditioner(M: Any, A: LinearOperator, like: Tensor, name: str = "cg: M") -> LinearOperator | None:
+    """Resolve the argument `name` of a solver: None, a name, an operator or a callable."""
     if M is None:
         return None
     if isinstance(M, str):
         builders = {"jacobi": jacobi, "ic0": ic0}
         if M not in builders:
-            raise ValueError(f"cg: M: expected 'jacobi', 'ic0', an operator or a callable, got {M!r}")
+            raise ValueError(f"{name}: expected 'jacobi', 'ic0', an operator or a callable, got {M!r}")
         return builders[M](A)
     operator = as_operator(M, like=like)
     if operator.shape != A.shape:
-        raise ValueError(f"cg: M: expected shape {A.shape}, got {operator.shape}")
+        raise ValueError(f"{name}: expected shape {A.shape}, got {operator.shape}")
     if operator.dtype != A.dtype or operator.device != A.device:
-        raise TypeError(f"cg: M is {operator!r}, A is {A!r}: dtype and device must match; convert one with .to(dtype)")
+        raise TypeError(f"{name} is {operator!r}, A is {A!r}: dtype and device must match; convert one with .to(dtype)")
     return operator
