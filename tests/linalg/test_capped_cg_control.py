@@ -197,6 +197,26 @@ def test_unfounded_suspicion_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None
     assert ended.status == "TERM"
 
 
+def test_unfounded_suspicion_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The iterations that follow would be suspected as well, and cost no more products."""
+    suspected = 0
+    for H, g, eps in concealed(600):
+        encoded = Dense(H).encode()
+        solver, looked = injected(encoded, g, eps, SUSPICIOUS)
+        products = solver.n_hvp - looked.n_iter - 1
+        _, plain = injected(encoded, g, eps, 0.0)
+        if products == 0 or plain.n_iter <= looked.n_iter + 1:
+            continue
+        suspected += 1
+        wrong: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(CappedSolver, "_product", lambda self, H, v, k, wrong=wrong: (wrong.append(k), 1e-3 * v)[1])
+            _, outcome = injected(encoded, g, eps, SUSPICIOUS)
+        assert outcome == plain
+        assert len(wrong) == products
+    assert suspected >= 7
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_suspects_of_a_batch_are_looked_at_one_by_one(native: bool, device: str) -> None:
     """Two suspicions at different iterations, and systems that end before and after: as each of them alone."""

@@ -91,6 +91,16 @@ def test_truncated_rule_in_a_batch_of_all_sizes() -> None:
         assert together.per_system_residual_norm[k] == pytest.approx(one.residual_norm, rel=1e-13)
 
 
+@pytest.mark.parametrize("size", [1e-170, 1.0, 1e170])
+@pytest.mark.parametrize("rule", ["residual", "step"])
+def test_bound_on_the_residual_is_that_of_the_given_system(size: float, rule: str) -> None:
+    """Also where the system that is solved is a scaled one."""
+    H, g = torch.diag(torch.logspace(0, 2, 50, dtype=F64)), size * random(50)
+    result = capped_cg(H, g, damping=0.1, rule=rule, rtol=0.9, atol=1e-9 * size)
+    assert result.status is CappedCGStatus.SOL
+    assert 1e-12 * size < result.residual_norm < 1e-9 * size
+
+
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("rule", RULES)
 def test_largest_and_smallest_numbers(dtype: torch.dtype, rule: str) -> None:

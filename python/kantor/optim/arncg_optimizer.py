@@ -32,8 +32,9 @@ class ARNCG(torch.optim.Optimizer):
         gradients are left alone. All groups are one vector; options per group are not supported.
     preset : {"economy", "guarantee", "paper"}
         See :func:`kantor.optim.minimize`.
-    preconditioner : None, "nystrom" or callable
-        ``"nystrom"`` sketches the Hessian (60 products every 20 steps).
+    preconditioner : "auto", None, "nystrom" or callable
+        ``"nystrom"`` sketches the Hessian (60 products every 20 steps); ``"auto"`` begins to where systems are hard, as
+        :func:`kantor.optim.minimize` does.
     tol : float
         A step does nothing when the gradient norm is at most this.
     max_cg_iter : int, optional
@@ -79,7 +80,7 @@ class ARNCG(torch.optim.Optimizer):
         params: Iterable[Any],
         *,
         preset: str = "economy",
-        preconditioner: Any = None,
+        preconditioner: Any = "auto",
         tol: float = 0.0,
         max_cg_iter: int | None = None,
         **changes: Any,
@@ -92,6 +93,8 @@ class ARNCG(torch.optim.Optimizer):
         if any(set(group) != {"params"} for group in self.param_groups):
             raise ValueError("ARNCG: options per parameter group are not supported; pass them to ARNCG itself")
         like = self._flat()
+        if preconditioner == "auto" and self._options.adaptation != "model":
+            preconditioner = None  # the other presets do as published
         self._solver, self._sketch = Solver(like, self._options), Sketch(preconditioner)
         self.status: OptimizeStatus | None = None
         self.n_hvp = 0
@@ -143,6 +146,7 @@ class ARNCG(torch.optim.Optimizer):
                         self._write(x)
                     M_inv = self._sketch.at(x, product, request.damping)
                     answer = self._solver.solve(product, g, request, self._max_cg_iter, M_inv)
+                    self._sketch.note(self.n_hvp)
                 elif type(request) is Try:
                     self._write(torch.add(x, self._solver.d, alpha=request.step))
                     tried = self._loss(closure)
