@@ -150,6 +150,22 @@ def test_differences_of_iterates_show_negative_curvature(native: bool) -> None:
     assert found >= 20
 
 
+def test_threshold_of_the_residual() -> None:
+    """sqrt(T) tau^(j/2) |g|, with T and tau of the present estimate of |H|: it is passed when the reference says so."""
+    found, dropped = 0, 0
+    for H, g, eps in concealed(600):
+        solver, looked = injected(Dense(H).encode(), g, eps, SUSPICIOUS)
+        if solver.n_hvp == looked.n_iter + 1:
+            continue
+        for shift in range(-52, -20):
+            expected = capped_reference(H, g, eps, log_T_shift=shift)
+            _, outcome = injected(Dense(H).encode(), g, eps, shift)
+            assert (outcome.status, outcome.n_iter) == (expected.status, expected.iterations)
+            found += outcome == looked
+            dropped += outcome.n_iter > looked.n_iter
+    assert min(found, dropped) >= 100
+
+
 def one_concealed() -> tuple[Tensor, Tensor, float]:
     """A case that test 4 ends, at a late iteration."""
     for H, g, eps in concealed(600):
