@@ -113,6 +113,15 @@ class Team {
     barrier_.wait(workers_);
   }
 
+  // body(i) for i in 0..count-1, contiguous shares, as one pass.
+  template <class Body>
+  void for_each(int64_t count, Body&& body) {
+    pass([&](int worker, int workers) {
+      const Range mine = share(count, worker, workers);
+      for (int64_t i = mine.begin; i < mine.end; ++i) body(i);
+    });
+  }
+
   // Inside a pass, between stages of it.
   void barrier(int workers) {
     if (workers > 1) stages_.wait(workers);

@@ -57,7 +57,7 @@ class CappedCpuSpace {
 
   void direction() {
     const T* product = H_ ? nullptr : product_();
-    if (H_) passes_.project(*H_, v_.z, [this](int64_t k) { return v_.states[k].running(); });
+    if (H_) project(passes_.team(), *H_, v_.batch, v_.z, [this](int64_t k) { return v_.states[k].running(); });
     pass([&](const CappedState& s, int64_t k, Range rows) {
       const int64_t at = k * v_.n + rows.begin;
       alignas(64) T scratch[block_size];

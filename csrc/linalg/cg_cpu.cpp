@@ -88,7 +88,7 @@ class CpuSpace {
       if (projects_) {  // no product before all of p is known
         passes_.each_block([this](int64_t k) { return running(k); },
                            [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
-        passes_.project(*A_, v_.p, [this](int64_t k) { return running(k); });
+        project(passes_.team(), *A_, v_.batch, v_.p, [this](int64_t k) { return running(k); });
       }
       passes_.clear_sums();
       passes_.split([&](Range chunks, Range systems, int workers) { direction_and_apply(chunks, systems, workers); });
@@ -224,7 +224,7 @@ class CpuSpace {
   void form_residual(Active&& active) {
     const bool with_product = !(v_.zero_start && first_residual_);
     if (!A_ && with_product) apply_(true);
-    if (A_ && with_product) passes_.project(*A_, v_.x, active);
+    if (A_ && with_product) project(passes_.team(), *A_, v_.batch, v_.x, active);
     passes_.split([&](Range chunks, Range systems, int) {
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk)
         for (int64_t k = systems.begin; k < systems.end; ++k) {

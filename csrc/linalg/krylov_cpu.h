@@ -57,17 +57,6 @@ class BlockPasses {
     });
   }
 
-  // What the low-rank terms of A need of all of x before any row of A x; x is (batch, n).
-  template <class T, class Active>
-  void project(const Operator<T>& A, const T* x, Active&& active) {
-    kantor::project(A, batch_, x, active, [this](int64_t count, auto&& body) {
-      team_.pass([&](int worker, int workers) {
-        const Range mine = share(count, worker, workers);
-        for (int64_t item = mine.begin; item < mine.end; ++item) body(item);
-      });
-    });
-  }
-
   // z = M r for the systems that `active` selects, then consume(k, chunk, rows) for every block of z. `work` is scratch
   // of the size of r; M is not monostate.
   template <class T, class Active, class Consume>
@@ -81,7 +70,7 @@ class BlockPasses {
     }
     const auto* A = std::get_if<Operator<T>>(&M);
     const auto* D = std::get_if<Diagonal<T>>(&M);
-    if (A) project(*A, r, active);
+    if (A) project(team_, *A, batch_, r, active);
     each_block(active, [&](int64_t k, int64_t chunk, Range rows) {
       const int64_t at = k * n + rows.begin;
       if (A) apply_rows(*A, k, r + k * n, z + at, rows);

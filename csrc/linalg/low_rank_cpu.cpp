@@ -1,5 +1,7 @@
 #include "linalg/low_rank.h"
 
+#include <cstring>
+
 #include "core/reduce.h"
 #include "core/simd.h"
 
@@ -8,35 +10,56 @@ namespace {
 
 constexpr int64_t group = 8;  // factors of one item where the columns are cut
 
+KANTOR_ALWAYS_INLINE void store8(Double8 values, double* target) { std::memcpy(target, &values, sizeof values); }
+
+// Rows are often short, so that the entries behind the last eight count. Where a row has eight or more, they are taken
+// by one more load that ends with the row and overlaps the load before: times a vector that is zero there, or added to
+// a sum of their own.
+template <class T>
+KANTOR_ALWAYS_INLINE Double8 tail_of(int64_t n, const T* x) {
+  Double8 tail{};
+  for (int64_t i = n < 8 ? n : n - n % 8; i < n; ++i) tail[i - (n - 8)] = double(x[i]);
+  return tail;
+}
+KANTOR_ALWAYS_INLINE void add_tail(int64_t n, Double8 tail, double* y) {
+  for (int64_t i = n < 8 ? n : n - n % 8; i < n; ++i) y[i] += tail[i - (n - 8)];
+}
+
 // out[j] = row_j . x for four rows at once: x is loaded once for all, and four sums hide the latency of the additions.
 template <class T>
-KANTOR_ALWAYS_INLINE void four_dots(int64_t n, const T* const (&row)[4], const T* x, double* out) {
+KANTOR_ALWAYS_INLINE void four_dots(int64_t n, const T* const (&row)[4], const T* x, Double8 tail, double* out) {
   Double8 a{}, b{}, c{}, d{};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const Double8 v = load8(x + i);
+  const auto add = [&](int64_t i, Double8 v) KANTOR_INLINE_LAMBDA {
     a += load8(row[0] + i) * v;
     b += load8(row[1] + i) * v;
     c += load8(row[2] + i) * v;
     d += load8(row[3] + i) * v;
-  }
+  };
+  for (int64_t i = 0; i + 8 <= n; i += 8) add(i, load8(x + i));
+  if (n >= 8 && n % 8 != 0) add(n - 8, tail);
   const Double8 zero{};
   out[0] = horizontal_sum(a, zero, zero, zero);
   out[1] = horizontal_sum(b, zero, zero, zero);
   out[2] = horizontal_sum(c, zero, zero, zero);
   out[3] = horizontal_sum(d, zero, zero, zero);
-  for (; i < n; ++i)
-    for (int j = 0; j < 4; ++j) out[j] += double(row[j][i]) * double(x[i]);
+  if (n < 8)
+    for (int64_t i = 0; i < n; ++i)
+      for (int j = 0; j < 4; ++j) out[j] += double(row[j][i]) * double(x[i]);
 }
 
-// y += sum_j c_j row_j.
+// y += sum_j c_j row_j, except for the entries behind the last eight, whose sum is in `tail`.
 template <class T>
-KANTOR_ALWAYS_INLINE void four_axpys(int64_t n, const double* c, const T* const (&row)[4], double* __restrict y) {
-  const double c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
-  const T *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i)
-    y[i] += (c0 * double(r0[i]) + c1 * double(r1[i])) + (c2 * double(r2[i]) + c3 * double(r3[i]));
+KANTOR_ALWAYS_INLINE void four_axpys(int64_t n, const double* c, const T* const (&row)[4], double* y, Double8& tail) {
+  const auto sum = [&](int64_t i) KANTOR_INLINE_LAMBDA {
+    return (load8(row[0] + i) * c[0] + load8(row[1] + i) * c[1]) +
+           (load8(row[2] + i) * c[2] + load8(row[3] + i) * c[3]);
+  };
+  for (int64_t i = 0; i + 8 <= n; i += 8) store8(load8(y + i) + sum(i), y + i);
+  if (n >= 8 && n % 8 != 0) tail += sum(n - 8);
+  if (n < 8)
+    for (int64_t i = 0; i < n; ++i)
+      y[i] +=
+          (double(row[0][i]) * c[0] + double(row[1][i]) * c[1]) + (double(row[2][i]) * c[2] + double(row[3][i]) * c[3]);
 }
 
 // Rows first..first+3 of F from column `column` on. Beyond `end` the last row stands in, for a coefficient of zero.
@@ -52,13 +75,16 @@ struct FourRows {
 template <class T>
 KANTOR_SIMD void product_of_factors(const LowRank<T>& A, const T* x, Range factors, double* y) {
   for (int64_t i = 0; i < A.n; ++i) y[i] = 0;
+  const Double8 tail_x = tail_of(A.n, x);
+  Double8 tail_y{};
   for (int64_t j = factors.begin; j < factors.end; j += 4) {
     const FourRows<T> rows(A, j, factors.end, 0);
     double c[4];
-    four_dots<T>(A.n, rows.row, x, c);
+    four_dots<T>(A.n, rows.row, x, tail_x, c);
     for (int64_t i = 0; i < 4; ++i) c[i] = j + i < factors.end ? c[i] * double(A.weights[j + i]) : 0.0;
-    four_axpys<T>(A.n, c, rows.row, y);
+    four_axpys<T>(A.n, c, rows.row, y, tail_y);
   }
+  add_tail(A.n, tail_y, y);
 }
 
 // Many columns: partial[j] = f_j . x over a piece of the columns.
@@ -75,7 +101,8 @@ KANTOR_SIMD void partial_dots(const LowRank<T>& A, const T* x, Range factors, Ra
       return;
     }
     const FourRows<T> rows(A, j, factors.end, columns.begin);
-    four_dots<T>(columns.size(), rows.row, x + columns.begin, partial + j);
+    const T* part = x + columns.begin;
+    four_dots<T>(columns.size(), rows.row, part, tail_of(columns.size(), part), partial + j);
   }
 }
 
@@ -98,12 +125,14 @@ KANTOR_SIMD void combination(const LowRank<T>& A, double scale, const double* c,
       continue;
     }
     for (int64_t i = 0; i < count; ++i) sums[i] = 0;
+    Double8 tail{};
     for (int64_t j = 0; j < A.rank; j += 4) {
       const FourRows<T> rows(A, j, A.rank, begin);
       double four[4];
       for (int64_t m = 0; m < 4; ++m) four[m] = j + m < A.rank ? c[j + m] : 0.0;
-      four_axpys<T>(count, four, rows.row, sums);
+      four_axpys<T>(count, four, rows.row, sums, tail);
     }
+    add_tail(count, tail, sums);
     if (accumulate)
       for (int64_t i = 0; i < count; ++i) target[i] += static_cast<Out>(scale * sums[i]);
     else

@@ -32,7 +32,7 @@ class MultishiftCpuSpace {
 
   void product() {
     const T* given = A_ ? nullptr : product_();
-    if (A_) passes_.project(*A_, v_.p, [](int64_t) { return true; });
+    if (A_) project(passes_.team(), *A_, 1, v_.p, [](int64_t) { return true; });
     const T shift = static_cast<T>(v_.state->shift);
     pass([&](Range rows) {
       T* q = v_.q + rows.begin;

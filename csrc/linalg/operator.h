@@ -115,19 +115,18 @@ int64_t projections_size(const Operator<T>& A);
 template <class T>
 void place_projections(Operator<T>& A, int64_t batch, double* projections);
 
-// CPU: the projections of the vectors k of a batch that `active` selects, for any rows of A x. run(count, body) calls
-// body(0), ..., body(count - 1), on several threads, and returns when all are done.
-template <class T, class Active, class Run>
-void project(const Operator<T>& A, int64_t batch, const T* x, Active&& active, Run&& run) {
+// CPU: the projections of the vectors k of a batch that `active` selects, for any rows of A x.
+template <class T, class Active>
+void project(Team& team, const Operator<T>& A, int64_t batch, const T* x, Active&& active) {
   for (const OperatorTerm<T>& term : A.terms) {
     const auto* low = std::get_if<LowRank<T>>(&term.form);
     if (!low) continue;
     // All vectors of the batch before the next part of the factors, which is then read once for all of them.
-    run(projection_items(*low) * batch, [&](int64_t item) {
+    team.for_each(projection_items(*low) * batch, [&](int64_t item) {
       if (const int64_t k = item % batch; active(k)) project_item(*low, k, x + k * A.cols, item / batch);
     });
     const Chunks values{low->values(), 512};
-    run(values.count() * batch, [&](int64_t item) {
+    team.for_each(values.count() * batch, [&](int64_t item) {
       if (const int64_t k = item % batch; active(k)) sum_projections(*low, k, values.range(item / batch));
     });
   }

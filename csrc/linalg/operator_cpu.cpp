@@ -306,7 +306,7 @@ Chunks chunks_of(const Operator<T>& A) {
   const bool only_low_rank = std::ranges::all_of(A.terms, [](const OperatorTerm<T>& term) {
     return std::holds_alternative<LowRank<T>>(term.form) || std::holds_alternative<Diagonal<T>>(term.form);
   });
-  const int64_t least = only_low_rank ? 256 : 8;
+  const int64_t least = only_low_rank ? 1024 : 8;
   return {A.rows, std::max(least, static_cast<int64_t>(double(chunk_size) / words))};
 }
 
@@ -340,14 +340,14 @@ template <class T>
 void matvec_cpu(const Exec& exec, const Operator<T>& A, int64_t batch, const T* x, T* y) {
   const Chunks chunks = chunks_of(A);
   const int threads = threads_for(exec.threads, work_of(A, batch));
-  project(
-      A, batch, x, [](int64_t) { return true; },
-      [&](int64_t count, auto&& body) { parallel_for(threads, count, body); });
-  // Chunk by chunk, all vectors of the batch before the next chunk: the operator's data is read once for all of them.
-  parallel_for(threads, chunks.count() * batch, [&](int64_t item) {
-    const int64_t chunk = item / batch, k = item % batch;
-    const Range rows = chunks.range(chunk);
-    apply_rows(A, k, x + k * A.cols, y + k * A.rows + rows.begin, rows);
+  Team::run(threads, true, [&](Team& team) {
+    project(team, A, batch, x, [](int64_t) { return true; });
+    // Chunk by chunk, all vectors of the batch before the next chunk: the operator's data is read once for all of them.
+    team.for_each(chunks.count() * batch, [&](int64_t item) {
+      const int64_t chunk = item / batch, k = item % batch;
+      const Range rows = chunks.range(chunk);
+      apply_rows(A, k, x + k * A.cols, y + k * A.rows + rows.begin, rows);
+    });
   });
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kantor.linalg import CSR, Dense, Diagonal, LinearOperator, SolveResult, Stencil, cg
+from kantor.linalg import CSR, Dense, Diagonal, LinearOperator, LowRank, SolveResult, Stencil, cg
 from kantor.linalg import Callable as CallableOperator
 
 F32, F64 = torch.float32, torch.float64
@@ -118,6 +118,7 @@ def example_operators(dtype: torch.dtype = F64, device: str = "cpu") -> dict[str
         "stencil": stencil,
         "faces": faces,
         "diagonal": diagonal,
+        "low rank": LowRank(random(80, 20, seed=4, dtype=dtype, device=device)),
         "sum": 0.5 * stencil + 2.0 * csr + dense,
         "nested": 2.0 * (faces + 0.5 * (diagonal + stencil)) - 0.25 * stencil,
         "callable": CallableOperator(dense.matvec, 20, dtype=dtype, device=device, transpose=dense.matvec),

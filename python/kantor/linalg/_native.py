@@ -200,8 +200,9 @@ def projections(A: Encoded, M: Encoded | None, batch: int, like: Tensor) -> Tens
 
 def _matvec_forward(operands: list[Tensor], layout: list[int], scales: list[float], x: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:-1], split_terms(operands, layout)[0].rows)
-    batch = x.numel() // max(x.shape[-1], 1)
-    work = projections(Encoded(operands, layout, scales), None, batch, x)
+    work = None
+    if LOW_RANK in layout:
+        work = projections(Encoded(operands, layout, scales), None, x.numel() // max(x.shape[-1], 1), x)
     backend().matvec(operands, layout, scales, x, y, work, torch.get_num_threads())
     return y
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,10 @@ from kantor._checks import check_finite, check_float, check_same, check_tensor
 from kantor._errors import NumericalBreakdown
 from kantor.linalg._native import LOW_RANK, Encoded
 from kantor.linalg._operator import LinearOperator
+from kantor.linalg.dense import Dense
+
+if TYPE_CHECKING:
+    from kantor.linalg.csr import CSR
 
 
 class LowRank(LinearOperator):
@@ -86,6 +92,10 @@ class LowRank(LinearOperator):
     def dense(self) -> Tensor:
         """Return the matrix, ``(n, n)``."""
         return (self.factors.mT * self.weights) @ self.factors
+
+    def to_csr(self) -> CSR:
+        """Return the matrix with all of its n x n entries in sparse form."""
+        return Dense(self.dense()).to_csr()
 
     def to(self, dtype: torch.dtype) -> LowRank:
         """Convert the factors."""

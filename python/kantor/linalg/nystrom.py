@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kantor.linalg._native import Encoded
 from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg.diagonal import Diagonal
+from kantor.linalg.low_rank import LowRank
 
 
 class NystromPreconditioner(LinearOperator):
@@ -29,15 +32,20 @@ class NystromPreconditioner(LinearOperator):
         self.shape = (basis.shape[0], basis.shape[0])
         self.dtype, self.device = basis.dtype, basis.device
         shifted = values + 2 * damping
-        self._weights = shifted.min() / shifted - 1
+        weights = shifted.min() / shifted - 1
+        self._form = Diagonal(basis.new_ones(basis.shape[0])) + LowRank(basis.mT.contiguous(), weights)
 
-    @property
-    def is_native(self) -> bool:
-        """False: torch's matrix products apply it."""
-        return False
+    def encode(self) -> Encoded:
+        """The identity and a low-rank term."""
+        return self._form.encode()
 
-    def _apply(self, x: Tensor) -> Tensor:
-        return x + (x @ self.basis * self._weights) @ self.basis.mT
+    def diagonal(self) -> Tensor:
+        """Return the main diagonal."""
+        return self._form.diagonal()
+
+    def to(self, dtype: torch.dtype) -> NystromPreconditioner:
+        """Convert the sketch."""
+        return NystromPreconditioner(self.basis.to(dtype), self.values.to(dtype), self.damping, self.n_hvp)
 
     @property
     def T(self) -> NystromPreconditioner:  # noqa: N802
@@ -65,7 +73,8 @@ def nystrom(
     Parameters
     ----------
     A : LinearOperator, Tensor, sparse tensor, scipy sparse matrix, or callable
-        ``(n, n)``, symmetric; see :func:`as_operator`. Applied `rank` times, to one vector each.
+        ``(n, n)``, symmetric; see :func:`as_operator`. Applied `rank` times, to one vector each; a native operator to
+        all of them at once.
     rank : int
         Size of the sketch, 1 to n.
     damping : float
@@ -113,7 +122,11 @@ def nystrom(
     with torch.no_grad():
         random = torch.randn(n, rank, dtype=torch.float64, generator=generator).to(operator.device, operator.dtype)
         test, _ = torch.linalg.qr(random)
-        sketch = torch.stack([operator.matvec(column).clone() for column in test.mT.contiguous()], dim=1)
+        vectors = test.mT.contiguous()
+        if operator.is_native:
+            sketch = operator.matvec(vectors).mT
+        else:  # one by one, and copied: the function may hand out the same memory each time
+            sketch = torch.stack([operator.matvec(vector).clone() for vector in vectors], dim=1)
         if not bool(torch.isfinite(sketch).all()):
             raise ValueError("nystrom: A: expected finite products, got NaN or infinity")
         core = test.mT @ sketch
