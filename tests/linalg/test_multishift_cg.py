@@ -131,6 +131,38 @@ def test_interrupt_in_a_callable() -> None:
         multishift_cg(product, rand(4), SHIFTS)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+def test_squares_that_leave_the_range_do_no_harm(scale: float) -> None:
+    A, b = Stencil((12, 12), shift=1.0), rand(144)
+    expected = multishift_cg(A, b, SHIFTS, rtol=1e-10)
+    result = multishift_cg(A, b * scale, SHIFTS, rtol=1e-10)
+    assert result.converged
+    assert result.iterations == expected.iterations
+    torch.testing.assert_close(result.x / scale, expected.x, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(result.residual_norms / scale, expected.residual_norms, rtol=0.1)
+    absolute = multishift_cg(A, b * scale, SHIFTS, rtol=0.0, atol=1e-6 * scale)
+    assert bool((absolute.residual_norms <= 1e-6 * scale).all())
+
+
+def test_status_tells_of_the_true_residual() -> None:
+    """A condition of 10^7 makes the recurrence drift away from the true residual."""
+    A, b = matrix(condition=1e7), rand(60)
+    shifts = torch.tensor([0.0, 1.0, 1e3], dtype=F64)
+    target = 1e-10 * float(b.norm())
+    by_recurrence = multishift_cg(lambda v: A @ v, b, shifts, rtol=1e-10, maxiter=5000)
+    assert by_recurrence.converged  # it says
+    true = [float((b - A @ x - s * x).norm()) for s, x in zip(shifts, by_recurrence.x, strict=True)]
+    assert max(true) > target  # or this test shows nothing
+    result = multishift_cg(A, b, shifts, rtol=1e-10, maxiter=5000)
+    for shift, x, status, norm in zip(shifts, result.x, result.statuses, result.residual_norms, strict=True):
+        assert norm == pytest.approx(float((b - A @ x - shift * x).norm()), rel=0.2)
+        assert (norm <= target) == (status is SolveStatus.CONVERGED)
+    assert result.residual_norms.max() < 10 * max(true)  # both are of the size of rounding
+    assert result.iterations <= 4 * by_recurrence.iterations
+    reachable = multishift_cg(A, b, shifts, rtol=2e-9, maxiter=5000)
+    assert reachable.converged
+
+
 def test_exceptions_of_a_callable_come_out() -> None:
     def product(v: Tensor) -> Tensor:
         raise RuntimeError("out of budget")
