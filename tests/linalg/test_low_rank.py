@@ -98,6 +98,36 @@ def test_threads_do_not_change_a_bit() -> None:
         assert torch.equal(*products)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 4095, 4097, 16_385])
+def test_edges_of_blocks(device: str, rank: int, n: int) -> None:
+    """Rows shorter and longer than eight, columns on either side of where the factors are read once, no factor."""
+    F, w, x = rand(rank, n), rand(rank, seed=1), rand(2, n, seed=2)
+    A = LowRank(F.to(home(device)), w.to(home(device)))
+    torch.testing.assert_close(A.matvec(x.to(home(device))).cpu(), (x @ F.T * w) @ F, rtol=1e-11, atol=1e-10)
+    total = 2.0 * A - Diagonal(x[0].to(home(device))) - 0.5 * A
+    torch.testing.assert_close(
+        total.matvec(x.to(home(device))).cpu(), 1.5 * (x @ F.T * w) @ F - x * x[0], rtol=1e-11, atol=1e-10
+    )
+
+
+def test_derivatives_with_respect_to_factors_and_weights() -> None:
+    F, w, b = rand(3, 6).requires_grad_(), rand(3, seed=1).abs().requires_grad_(), rand(6, seed=2).requires_grad_()
+    d = torch.full((6,), 2.0, dtype=F64)
+
+    def product(F: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return LowRank(F, w).matvec(b)
+
+    def solution(F: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return cg(LowRank(F, w) + Diagonal(d), b, rtol=1e-14).x
+
+    for function in (product, solution):
+        assert torch.autograd.gradcheck(function, (F, w, b), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, (F, w, b))
+        dense = torch.func.jacfwd(function)(F, w, b)
+        torch.testing.assert_close(dense, torch.func.jacrev(function)(F, w, b))
+
+
 @pytest.mark.parametrize(
     ("factors", "weights", "error", "match"),
     [
@@ -163,6 +193,35 @@ def test_sketch_saves_iterations() -> None:
     assert str(plain.status) == str(sketched.status) == "SOL"
     assert sketched.n_iter + 60 < plain.n_iter / 2
     torch.testing.assert_close(sketched.d, plain.d, rtol=1e-2, atol=1e-2 * float(plain.d.abs().max()))
+
+
+def test_sketch_is_applied_natively_on_every_device(device: str) -> None:
+    A = spectrum(torch.logspace(3, -2, 200, dtype=F64)).to(home(device))
+    b = rand(2, 200).to(home(device))
+    P = nystrom(A, 60, damping=1e-2)
+    assert P.is_native
+    weights = (P.values + 2e-2).min() / (P.values + 2e-2) - 1
+    by_hand = b + (b @ P.basis * weights) @ P.basis.mT
+    torch.testing.assert_close(P.matvec(b), by_hand, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(P.diagonal(), P.dense().diagonal())
+    assert P.T is P
+    A += 2e-2 * torch.eye(200).to(A)
+    plain, sketched = cg(A, b, rtol=1e-8), cg(A, b, rtol=1e-8, M=P)
+    by_function = cg(A, b, rtol=1e-8, M=lambda r: r + (r @ P.basis * weights) @ P.basis.mT)
+    assert plain.converged
+    assert sketched.converged
+    assert sketched.iterations < plain.iterations / 2
+    assert abs(sketched.iterations - by_function.iterations) <= 2
+    single = P.to(torch.float32)
+    assert single.matvec(b.float()).dtype is torch.float32
+    torch.testing.assert_close(single.matvec(b.float()).double(), by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_native_operators_are_sketched_in_one_product() -> None:
+    A = LowRank(rand(20, 50), rand(20, seed=1).abs()) + Diagonal(torch.full((50,), 0.1, dtype=F64))
+    at_once, one_by_one = nystrom(A, 12), nystrom(A.matvec, 12, like=A.diagonal())
+    torch.testing.assert_close(at_once.dense(), one_by_one.dense(), rtol=1e-8, atol=1e-8)
+    assert at_once.n_hvp == one_by_one.n_hvp == 12
 
 
 @pytest.mark.parametrize(("rank", "damping", "match"), [(0, 0.0, "rank"), (6, 0.0, "rank"), (2, -1.0, "damping")])
