@@ -12,7 +12,7 @@ from torch import Tensor
 
 import devices
 from kantor._ops import emulated
-from kantor.linalg import CSR, Dense, Diagonal, LinearOperator, LowRank, Stencil, cg, ic0
+from kantor.linalg import CSR, Dense, Diagonal, LinearOperator, LowRank, Stencil, capped_cg, cg, ic0, multishift_cg
 from systems import F32, F64, csr_of, error, expect, random, random_faces, solve, sparse, spd
 
 SCHEDULES = (0, 1, 2, 3)
@@ -110,6 +110,24 @@ def test_cg(kind: str, M: Any, schedule: int) -> None:
 
 
 SEEN: dict[tuple[str, str], Tensor] = {}
+
+
+@pytest.mark.parametrize("kind", ["stencil", "low rank", "many columns"])
+def test_capped_and_multishift_cg(kind: str, schedule: int) -> None:
+    A = operators()[kind]
+    b, shifts = random(A.shape[0]), torch.tensor([2.0, 0.0, 50.0], dtype=F64)
+    M = Diagonal(1 / A.diagonal()) + 1e-3 * LowRank(random(3, A.shape[0], seed=1))
+    runs = {
+        "capped": lambda: capped_cg(A, b, damping=0.1, max_iter=5).d,
+        "preconditioned": lambda: capped_cg(A, b, damping=0.1, max_iter=5, M_inv=M).d,
+        "multishift": lambda: multishift_cg(A, b, shifts, rtol=0.0, maxiter=5).x,
+    }
+    for name, run in runs.items():
+        expected = run()
+        with emulated():
+            actual = run()
+        assert error(actual, expected) < 1e-12
+        assert torch.equal(SEEN.setdefault((kind, name), actual), actual), "the schedule changes bits"
 
 
 @pytest.mark.parametrize("kind", ["stencil", "csr", "dense", "sum"])
