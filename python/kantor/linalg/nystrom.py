@@ -106,7 +106,7 @@ def nystrom(
     --------
     >>> import torch
     >>> from kantor.linalg import cg, nystrom
-    >>> A = torch.diag(torch.logspace(-2, 4, 200, dtype=torch.float64))
+    >>> A = torch.diag(torch.logspace(-1, 4, 200, dtype=torch.float64))
     >>> b = torch.ones(200, dtype=torch.float64)
     >>> plain, sketched = cg(A, b, rtol=1e-8), cg(A, b, rtol=1e-8, M=nystrom(A, 120))
     >>> bool(sketched.converged and sketched.iterations < plain.iterations / 2)
