@@ -1,0 +1,285 @@
+// Entropic transport to machine precision (method "newton"): Newton's method on the semi-dual F(g) of dual.h, inside a
+// continuation in eps, with the plan made sparse under error control. After
+//   Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao, Ying, "Accelerating Sinkhorn algorithm with sparse
+//   Newton iterations" (ICLR 2024),
+// made safe: every quantity in the log domain, no negative curvature whatever is left out (newton_system.h), a trust
+// region in units of eps, in which F is quasi-self-concordant, and a line search on F.
+#include <algorithm>
+#include <cmath>
+
+#include "transport/algorithm.h"
+#include "transport/dual.h"
+#include "transport/newton_system.h"
+
+namespace kantor::transport {
+namespace {
+
+constexpr double level_tol = 0.05;      // of intermediate levels
+constexpr double dropped_share = 1e-2;  // of the error: mass that the sparse plan may lack
+constexpr double machine_floor = 1e-12;
+constexpr double linear_share = 0.9;  // of the slope: F gained so much over a step that its curvature hardly shows
+constexpr int64_t patience = 40;  // steps without progress before a level is given up
+
+class Newton {
+ public:
+  Newton(Passes& passes, const Problem& problem, const Options& options, const Monitor& monitor)
+      : passes_(passes),
+        problem_(problem),
+        options_(options),
+        dual_(passes, problem, outcome_),
+        progress_(outcome_, monitor) {}
+
+  Outcome run(double* f, double* g) {
+    std::vector<double> start(g, g + passes_.m);
+    Dual::Point best;
+    try {
+      Dual::Point p = first_point(std::move(start));
+      Status status = p.finite ? Status::running : Status::overflow;
+      double shrink = 0.5;
+      while (status == Status::running) {
+        const bool last = dual_.eps() <= problem_.eps;
+        const size_t before = outcome_.history.size();
+        status = level(p, last ? options_.tol : level_tol);
+        if (last || (status != Status::stalled && status != Status::converged)) break;
+        const size_t steps = outcome_.history.size() - before;
+        if (steps > 8) shrink = std::min(std::sqrt(shrink), 0.9);
+        if (steps <= 2) shrink = 0.5;
+        const double next = dual_.eps() * shrink;
+        dual_.set_eps(next < problem_.eps * 1.2 ? problem_.eps : next);
+        p = dual_.at(std::move(p.g));
+        status = Status::running;
+      }
+      outcome_.status = status;
+      best = std::move(p);
+    } catch (const Interrupted&) {
+      outcome_.status = Status::interrupted;
+      dual_.set_eps(problem_.eps);
+      passes_.interrupted = nullptr;
+      best = dual_.at(std::move(current_));
+    }
+    if (dual_.eps() != problem_.eps) {
+      dual_.set_eps(problem_.eps);
+      best = dual_.at(std::move(best.g));
+    }
+    std::copy(best.f.begin(), best.f.end(), f);
+    std::copy(best.g.begin(), best.g.end(), g);
+    outcome_.error = best.error;
+    outcome_.dual = best.value;
+    return outcome_;
+  }
+
+ private:
+  // Where sweeps at the final eps converge quickly they are all that is needed. Otherwise the largest eps from which
+  // Newton's method goes down safely: for a good start that is the final one.
+  Dual::Point first_point(std::vector<double> g) {
+    const double range = problem_.cost_high - problem_.cost_low;
+    const double highest = options_.first_eps > 0 ? options_.first_eps : 0.1 * range;
+    dual_.set_eps(problem_.eps);
+    Dual::Point p = dual_.at(g);
+    current_ = p.g;
+    if (problem_.eps >= highest || p.error <= 10 * level_tol) return p;
+    if (options_.sinkhorn_first && problem_.eps >= 2e-3 * range) {
+      std::vector<double> errors{p.error};
+      for (int sweep = 1; sweep <= 40 && p.finite && p.error > options_.tol; ++sweep) {
+        p = dual_.at(dual_.sinkhorn_step(p));
+        current_ = p.g;
+        if (progress_.note(dual_.eps(), p.error, Step::sinkhorn) != Status::running) return p;
+        errors.push_back(p.error);
+        if (sweep < 6) continue;
+        const double rate = std::pow(errors[sweep] / errors[sweep - 4], 0.25);
+        if (!(rate < 1) || std::log(options_.tol / p.error) / std::log(rate) > 30) break;
+      }
+      if (p.error <= 10 * level_tol) return p;
+      g = p.g;
+    }
+    dual_.set_eps(highest);
+    p = dual_.at(std::move(g));
+    return p;
+  }
+
+  // Newton's method at one eps, from p, to an error of tol.
+  Status level(Dual::Point& p, double tol) {
+    bool sweeps_help = true;
+    double best_error = p.error, best_value = p.value;
+    int64_t since_best = 0;
+    prefer_factor_ = false;
+    for (;;) {
+      current_ = p.g;
+      if (!p.finite) return Status::overflow;
+      if (p.error <= tol) return Status::converged;
+      if (proves_infeasible(problem_, dual_.mass(), p.value)) return Status::infeasible;
+      if (outcome_.newton_steps >= options_.max_iter ||
+          static_cast<int64_t>(outcome_.history.size()) >= 20 * options_.max_iter)
+        return Status::max_iter;
+      if (p.error < 0.9 * best_error || p.value > best_value + 1e-10 * p.scale) {
+        best_error = std::min(p.error, best_error);
+        best_value = std::max(p.value, best_value);
+        since_best = 0;
+      } else if (++since_best > (p.error < machine_floor ? 3 : patience)) {
+        return Status::stalled;
+      }
+      const double before = p.error;
+      Step step = Step::sinkhorn;
+      if (starved(p) || (p.chi2 > 1 && sweeps_help)) {
+        p = dual_.at(dual_.sinkhorn_step(p));
+        sweeps_help = p.error < 0.9 * before;
+      } else if (newton_step(p)) {
+        step = Step::newton;
+        sweeps_help = true;
+      } else {
+        p = dual_.at(dual_.sinkhorn_step(p));
+      }
+      const Status answer = progress_.note(dual_.eps(), p.error, step);
+      if (answer != Status::running) return answer;
+    }
+  }
+
+  // Columns that next to nothing reaches: the quadratic model says nothing about them, Sinkhorn's update does.
+  static bool starved(const Dual::Point& p) {
+    for (size_t j = 0; j < p.column_sums.size(); ++j)
+      if (!(p.column_sums[j] > 1e-12 * p.target[j])) return true;
+    return false;
+  }
+
+  // False when no step along Newton's direction is acceptable.
+  bool newton_step(Dual::Point& p) {
+    ++outcome_.newton_steps;
+    const double eps = dual_.eps();
+    const std::vector<double> R = dual_.row_diagonal(p), C = dual_.column_diagonal(p);
+    SparsePlan M;
+    const double threshold = dropped_share * std::min(p.error, 0.1) * dual_.mass() / (double(passes_.n) * passes_.m);
+    const bool sparse =
+        passes_.extract(eps, p.f.data(), p.g.data(), threshold, options_.entry_limit, M);
+    ++outcome_.passes;
+    if (sparse) outcome_.most_entries = std::max(outcome_.most_entries, M.nnz());
+
+    std::vector<double> direction;
+    double longest = 0;
+    for (int attempt = 0; attempt < 12; ++attempt) {
+      direction = solve(p, R, C, sparse ? &M : nullptr);
+      if (std::isinf(problem_.rho_a) && std::isinf(problem_.rho_b)) centre(direction);
+      longest = 0;
+      for (const double d : direction) longest = std::max(longest, std::abs(d));
+      if (!(longest > radius_)) break;
+      ridge_ = longest > 5 * radius_ ? std::max(10 * ridge_, 1e-6) : 3 * ridge_;
+    }
+    if (!std::isfinite(longest)) return false;
+
+    std::vector<double> products(direction.size());
+    for (size_t j = 0; j < products.size(); ++j) products[j] = p.gradient[j] * eps * direction[j];
+    const double slope = sum_of(products);
+    if (!(slope > 0)) return false;
+    double t = 1;
+    for (int trial = 0; trial < 6; ++trial, t *= 0.35) {
+      std::vector<double> g(p.g);
+      for (size_t j = 0; j < g.size(); ++j) g[j] += t * eps * direction[j];
+      Dual::Point next = dual_.at(std::move(g));
+      const double gain = next.value - p.value;
+      const bool better = next.finite && (gain >= 1e-3 * t * slope - 1e-15 * p.scale || next.error < 0.5 * p.error);
+      if (!better) continue;
+      if (t == 1) {
+        const double ratio = gain / (slope * 0.5);
+        if (ratio > 0.75 || next.error < 0.5 * p.error) {
+          ridge_ = std::max(ridge_ / 10, 1e-11);
+          if (longest > 0.5 * radius_) radius_ = std::min(2 * radius_, 60.0);
+        }
+        if (gain > linear_share * slope) stretch(p, direction, slope, next);
+      } else {
+        radius_ = std::max(radius_ / 2, 2.0);
+        ridge_ = std::min(3 * ridge_, 1e3);
+      }
+      p = std::move(next);
+      return true;
+    }
+    radius_ = std::max(radius_ / 2, 2.0);
+    ridge_ = std::min(10 * ridge_, 1e3);
+    return false;
+  }
+
+  // Parts of the plan that no mass connects yet may lie thousands of eps apart, and F rises in a straight line until
+  // they meet: go on along the direction as long as it does.
+  void stretch(const Dual::Point& from, const std::vector<double>& direction, double slope, Dual::Point& reached) {
+    for (double t = 2; t <= 1e6; t *= 2) {
+      std::vector<double> g(from.g);
+      for (size_t j = 0; j < g.size(); ++j) g[j] += t * dual_.eps() * direction[j];
+      Dual::Point next = dual_.at(std::move(g));
+      const double gain = next.value - from.value;
+      if (!next.finite || !(next.value - reached.value > 1e-15 * from.scale) || !(gain > 0.5 * t * slope)) return;
+      reached = std::move(next);
+      if (!(gain > linear_share * t * slope)) return;
+    }
+  }
+
+  // Newton's direction in units of eps.
+  std::vector<double> solve(const Dual::Point& p, std::vector<double> R, std::vector<double> C, const SparsePlan* M) {
+    ++outcome_.solves;
+    for (double& r : R) r *= 1 + ridge_;
+    std::vector<double> jacobi(C);
+    for (double& c : C) c *= 1 + ridge_;
+    std::vector<double> zeta, xi;
+    CgLimits limits{std::min(1e-2, std::max(p.error, 1e-8)), 150};
+    if (!M || (M->nnz() > 8 * (passes_.n + passes_.m) && !prefer_factor_)) {
+      GramProduct gram;
+      std::vector<double> scale;
+      if (M) {
+        gram = gram_of(*M, R, options_.threads);
+        // diag(S), as far as it is known to be positive
+        for (int64_t i = 0; i < M->n; ++i)
+          for (int64_t e = M->row_start[i]; e < M->row_start[i + 1]; ++e)
+            jacobi[M->column[e]] -= M->value[e] * M->value[e] / R[i];
+        for (size_t j = 0; j < jacobi.size(); ++j) jacobi[j] = std::max(jacobi[j], 1e-3 * C[j]);
+      } else {
+        for (const double r : R) scale.push_back(1 / r);
+        gram = [&](const double* v, double* out) {
+          passes_.gram_product(dual_.eps(), dual_.cutoff(), p.f.data(), p.g.data(), scale.data(), v, out);
+          ++outcome_.passes;
+        };
+      }
+      const CgReport report = solve_schur(gram, C, jacobi, p.gradient, limits, zeta);
+      note(report);
+      if (report.met || !M || report.negative_curvature) return zeta;
+      prefer_factor_ = true;
+    }
+    const ApproximateCholesky factor = factor_plan(*M, R, C);
+    ++outcome_.factorisations;
+    limits.max_iterations = 500;
+    const std::vector<double> zero(passes_.n, 0.0);
+    note(solve_whole(*M, R, C, factor, zero, p.gradient, limits, options_.threads, xi, zeta));
+    return zeta;
+  }
+
+  void note(const CgReport& report) {
+    outcome_.cg_iterations += report.iterations;
+    if (report.negative_curvature) {
+      outcome_.negative_curvature += report.negative_curvature;
+      ridge_ = std::min(10 * ridge_, 1e3);
+    }
+  }
+
+  // A constant in g changes nothing; the one with mean zero is shortest.
+  void centre(std::vector<double>& direction) const {
+    std::vector<double> weighted(direction.size());
+    for (size_t j = 0; j < direction.size(); ++j) weighted[j] = problem_.b[j] * direction[j];
+    const double mean = sum_of(weighted) / dual_.mass();
+    for (double& d : direction) d -= mean;
+  }
+
+  Passes& passes_;
+  const Problem& problem_;
+  const Options& options_;
+  Outcome outcome_;
+  Dual dual_;
+  Progress progress_;
+  std::vector<double> current_;  // for an interrupt in the middle of a pass
+  double radius_ = 8, ridge_ = 1e-9;
+  bool prefer_factor_ = false;
+};
+
+}  // namespace
+
+Outcome newton(Passes& passes, const Problem& problem, const Options& options, const Monitor& monitor, double* f,
+               double* g) {
+  return Newton(passes, problem, options, monitor).run(f, g);
+}
+
+}  // namespace kantor::transport

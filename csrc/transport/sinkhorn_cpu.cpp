@@ -1,0 +1,115 @@
+// Sinkhorn's iteration in the log domain (method "sinkhorn"). Both half-steps are one sweep over the plan (passes.h).
+// Over-relaxation after Thibault, Chizat, Dossal and Papadakis (2021): with t the rate of the plain iteration, both
+// half-steps lengthened by w = 2 / (1 + sqrt(1 - t)) converge at the rate w - 1. t is measured; where the error does not
+// fall as promised the iteration goes back to w = 1 and measures again.
+#include <algorithm>
+#include <cmath>
+
+#include "transport/algorithm.h"
+#include "transport/dual.h"
+
+namespace kantor::transport {
+namespace {
+
+constexpr int measured = 20;  // plain sweeps before a rate is believed
+
+class Sinkhorn {
+ public:
+  Sinkhorn(Passes& passes, const Problem& problem, const Options& options, const Monitor& monitor)
+      : passes_(passes), problem_(problem), options_(options), progress_(outcome_, monitor) {
+    hard_ = std::isinf(problem.rho_a) && std::isinf(problem.rho_b);
+    mass_ = tree_sum(problem.b, passes.m);
+  }
+
+  Outcome run(double* f, double* g) {
+    Dual dual(passes_, problem_, outcome_);
+    double eps = problem_.eps;
+    if (options_.first_eps > 0) eps = std::max(eps, options_.first_eps);
+    std::vector<double> start(g, g + passes_.m);
+    Dual::Point p;
+    try {
+      for (;;) {
+        const bool last = eps <= problem_.eps;
+        dual.set_eps(eps);
+        p = dual.at(std::move(start));
+        outcome_.status = level(dual, p, last ? options_.tol : 0.05);
+        if (last || (outcome_.status != Status::converged && outcome_.status != Status::stalled)) break;
+        start = std::move(p.g);
+        eps = eps * 0.5 < problem_.eps * 1.2 ? problem_.eps : eps * 0.5;
+      }
+    } catch (const Interrupted&) { outcome_.status = Status::interrupted; }
+    if (!p.f.empty() && !p.g.empty()) {
+      std::copy(p.f.begin(), p.f.end(), f);
+      std::copy(p.g.begin(), p.g.end(), g);
+    }
+    outcome_.error = p.error;
+    outcome_.dual = p.value;
+    return outcome_;
+  }
+
+ private:
+  Status level(Dual& dual, Dual::Point& p, double tol) {
+    std::vector<double> errors;
+    double relaxation = options_.relaxation > 0 && hard_ ? options_.relaxation : 1;
+    int plain = 0, relaxed = 0;  // sweeps since the last change of the relaxation
+    double best = p.error;
+    int64_t since_best = 0;
+    for (;;) {
+      if (!p.finite) return Status::overflow;
+      if (p.error <= tol) return Status::converged;
+      if (relaxation == 1 && proves_infeasible(problem_, mass_, p.value)) return Status::infeasible;
+      if (static_cast<int64_t>(outcome_.history.size()) >= options_.max_iter) return Status::max_iter;
+      if (p.error < best) {
+        best = p.error;
+        since_best = 0;
+      } else if (++since_best > (p.error < 1e-12 ? 10 : 1000)) {
+        return Status::stalled;
+      }
+      std::vector<double> g = dual.sinkhorn_step(p, relaxation);
+      p = relaxation == 1 ? dual.at(std::move(g)) : dual.relaxed_at(std::move(g), p.f, relaxation);
+      errors.push_back(p.error);
+      const Status answer = progress_.note(dual.eps(), p.error, Step::sinkhorn);
+      if (answer != Status::running) return answer;
+      if (!hard_ || options_.relaxation > 0) continue;
+
+      // What follows only chooses the relaxation.
+      const size_t k = errors.size();
+      if (relaxation == 1) {
+        if (++plain < measured) continue;
+        const double late = errors[k - 1] / errors[k - 6], early = errors[k - 6] / errors[k - 11];
+        const bool steady = late > 0 && late < 1 && std::abs(std::log(late) - std::log(early)) < 0.1 * -std::log(late);
+        if (!steady && plain < 10 * measured) continue;
+        const double rate = std::clamp(std::pow(late, 0.2), 0.0, 0.99999);
+        if (rate > 0.3) {
+          relaxation = 2 / (1 + std::sqrt(1 - rate));
+          relaxed = 0;
+        }
+        plain = 0;
+      } else if (++relaxed > 30 && relaxed % 10 == 0) {
+        const double promised = std::pow(relaxation - 1, 10), seen = errors[k - 1] / errors[k - 11];
+        if (seen > std::sqrt(promised)) {
+          relaxation = 1;
+          plain = 0;
+          p = dual.at(std::move(p.g));
+        }
+      }
+    }
+  }
+
+  Passes& passes_;
+  const Problem& problem_;
+  const Options& options_;
+  Outcome outcome_;
+  Progress progress_;
+  bool hard_ = true;
+  double mass_ = 1;
+};
+
+}  // namespace
+
+Outcome sinkhorn(Passes& passes, const Problem& problem, const Options& options, const Monitor& monitor, double* f,
+                 double* g) {
+  return Sinkhorn(passes, problem, options, monitor).run(f, g);
+}
+
+}  // namespace kantor::transport
