@@ -1,6 +1,6 @@
 // Entropic transport. A cost travels as (operands, layout, power, fill): operands are the matrix (n, m), or the points
-// x (n, d) and y (d, m), or the memory of one tile (tile_rows, m); layout is kind, n, m, d, tile_rows; fill(first, last)
-// writes rows of a tile. Potentials, weights and sums are float64 on the CPU.
+// x (n, d) and y (d, m), or the memory of one tile (tile_rows, m); layout is kind, n, m, d, tile_rows; fill(first,
+// last) writes rows of a tile. Potentials, weights and sums are float64 on the CPU.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -129,8 +129,8 @@ struct Task {
   std::span<double> a, b, f, g;
 
   Problem problem() const {
-    return {a.data(), b.data(), numbers[0], numbers[1], numbers[2], numbers[3] != 0, numbers[4], numbers[5],
-            numbers[6] != 0};
+    return {a.data(),        b.data(),   numbers[0], numbers[1],     numbers[2],
+            numbers[3] != 0, numbers[4], numbers[5], numbers[6] != 0};
   }
 };
 
@@ -244,8 +244,8 @@ py::object bind_extract(const py::tuple& cost, double eps, const Tensor& f, cons
   SparsePlan plan;
   bool fits = false;
   with_passes(cost, threads, [&](Passes& passes) {
-    fits = passes.extract(eps, doubles(f, passes.n, "f").data(), doubles(g, passes.m, "g").data(), threshold, limit,
-                          plan);
+    fits =
+        passes.extract(eps, doubles(f, passes.n, "f").data(), doubles(g, passes.m, "g").data(), threshold, limit, plan);
   });
   if (!fits) return py::none();
   return py::make_tuple(to_array(plan.row_start), to_array(plan.column), to_array(plan.value));

@@ -13,8 +13,8 @@
 
 namespace kantor {
 
-// L diag(pivot) L' with columns in order of elimination: entries (row[e], -share[e]) below a unit diagonal. A pivot of 0
-// belongs to a vertex that nothing holds (the last of a component without excess): its unknown is set to 0.
+// L diag(pivot) L' with columns in order of elimination: entries (row[e], -share[e]) below a unit diagonal. A pivot of
+// 0 belongs to a vertex that nothing holds (the last of a component without excess): its unknown is set to 0.
 struct ApproximateCholesky {
   std::vector<int32_t> order;  // vertices as they were eliminated
   std::vector<double> pivot;   // by position in `order`

@@ -17,7 +17,7 @@ struct Problem {
   const double* b = nullptr;  // (m,), positive
   double eps = 0;
   double rho_a = unlimited, rho_b = unlimited;  // strengths of the marginals; unlimited: a constraint
-  bool relative = false;     // the entropy is KL(P | a x b): with finite strengths the weights enter differently
+  bool relative = false;  // the entropy is KL(P | a x b): with finite strengths the weights enter differently
   double cost_low = 0, cost_high = 0;  // of the finite costs
   bool forbidden = false;              // some costs are infinite
 };

@@ -40,8 +40,8 @@ class Dual {
     const auto [low, high] = std::minmax_element(log_b_.begin(), log_b_.end());
     const auto [low_a, high_a] = std::minmax_element(log_a_.begin(), log_a_.end());
     // What a row leaves out must not matter to any column.
-    cutoff_ = std::min(700.0, 45 + std::max(*high_a - std::min(*low, *low_a), *high - *low) +
-                                  std::log(static_cast<double>(n_)));
+    cutoff_ = std::min(
+        700.0, 45 + std::max(*high_a - std::min(*low, *low_a), *high - *low) + std::log(static_cast<double>(n_)));
     set_eps(problem.eps);
   }
 
@@ -74,8 +74,8 @@ class Dual {
     return p;
   }
 
-  // The same with f moved from `f_before` by `relaxation` times what would make the rows exact (hard marginals only); the
-  // error then counts rows too.
+  // The same with f moved from `f_before` by `relaxation` times what would make the rows exact (hard marginals only);
+  // the error then counts rows too.
   Point relaxed_at(std::vector<double> g, const std::vector<double>& f_before, double relaxation) {
     std::vector<double> offset(n_);
     for (int64_t i = 0; i < n_; ++i) offset[i] = (1 - relaxation) * f_before[i] + relaxation * offset_[i];
@@ -88,8 +88,7 @@ class Dual {
                   p.column_sums.data());
     ++outcome_.passes;
     finish(p);
-    for (int64_t i = 0; i < n_; ++i)
-      work_[i] = std::abs(std::exp(p.f[i] / eps_ + p.log_sums[i]) - problem_.a[i]);
+    for (int64_t i = 0; i < n_; ++i) work_[i] = std::abs(std::exp(p.f[i] / eps_ + p.log_sums[i]) - problem_.a[i]);
     p.error += tree_sum(work_.data(), n_) / mass_;
     return p;
   }
@@ -135,8 +134,8 @@ class Dual {
     const bool hard_a = std::isinf(problem_.rho_a), hard_b = std::isinf(problem_.rho_b);
     for (int64_t i = 0; i < n_; ++i)
       w[i] = hard_a ? problem_.a[i] * p.f[i]
-                    : -problem_.rho_a * (std::exp(power_a_ * log_a_[i] - p.f[i] / problem_.rho_a) -
-                                         std::exp(power_a_ * log_a_[i]));
+                    : -problem_.rho_a *
+                          (std::exp(power_a_ * log_a_[i] - p.f[i] / problem_.rho_a) - std::exp(power_a_ * log_a_[i]));
     p.value = tree_sum(w, n_);
     for (int64_t i = 0; i < n_; ++i) w[i] = std::abs(w[i]);
     p.scale = tree_sum(w, n_);
@@ -155,8 +154,7 @@ class Dual {
     for (int64_t j = 0; j < m_; ++j) p.gradient[j] = p.target[j] - p.column_sums[j];
     for (int64_t j = 0; j < m_; ++j) w[j] = std::abs(p.gradient[j]);
     p.error = tree_sum(w, m_) / mass_;
-    for (int64_t j = 0; j < m_; ++j)
-      w[j] = p.gradient[j] == 0 ? 0 : p.gradient[j] * p.gradient[j] / p.column_sums[j];
+    for (int64_t j = 0; j < m_; ++j) w[j] = p.gradient[j] == 0 ? 0 : p.gradient[j] * p.gradient[j] / p.column_sums[j];
     p.chi2 = tree_sum(w, m_) / mass_;
     p.finite = std::isfinite(p.value) && std::isfinite(p.error);
   }
@@ -186,8 +184,8 @@ class Progress {
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
-// The dual never exceeds the cost of a feasible plan, which is at most `cost_high` times the mass (the entropy of a plan
-// of given marginals adds at most eps times that of the weights): a larger value proves that there is none.
+// The dual never exceeds the cost of a feasible plan, which is at most `cost_high` times the mass (the entropy of a
+// plan of given marginals adds at most eps times that of the weights): a larger value proves that there is none.
 inline bool proves_infeasible(const Problem& problem, double mass, double value) {
   return problem.forbidden && std::isinf(problem.rho_a) && std::isinf(problem.rho_b) &&
          value > mass * (std::max(problem.cost_high, 0.0) + 1e-9 * (problem.cost_high - problem.cost_low)) +

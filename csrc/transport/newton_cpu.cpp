@@ -18,7 +18,7 @@ constexpr double level_tol = 0.05;      // of intermediate levels
 constexpr double dropped_share = 1e-2;  // of the error: mass that the sparse plan may lack
 constexpr double machine_floor = 1e-12;
 constexpr double linear_share = 0.9;  // of the slope: F gained so much over a step that its curvature hardly shows
-constexpr int64_t patience = 40;  // steps without progress before a level is given up
+constexpr int64_t patience = 40;      // steps without progress before a level is given up
 
 class Newton {
  public:
@@ -148,8 +148,7 @@ class Newton {
     const std::vector<double> R = dual_.row_diagonal(p), C = dual_.column_diagonal(p);
     SparsePlan M;
     const double threshold = dropped_share * std::min(p.error, 0.1) * dual_.mass() / (double(passes_.n) * passes_.m);
-    const bool sparse =
-        passes_.extract(eps, p.f.data(), p.g.data(), threshold, options_.entry_limit, M);
+    const bool sparse = passes_.extract(eps, p.f.data(), p.g.data(), threshold, options_.entry_limit, M);
     ++outcome_.passes;
     if (sparse) outcome_.most_entries = std::max(outcome_.most_entries, M.nnz());
 

@@ -2,8 +2,9 @@
 //     [ diag(R)  M       ] [xi  ]   [u]
 //     [ M'       diag(C) ] [zeta] = [v],
 // with M the plan without its small entries and R, C at least its row and column sums. With the sign of xi turned it is
-// a diagonally dominant M-matrix: the Laplacian of the bipartite graph of the plan plus a nonnegative diagonal. It stays
-// semidefinite whatever entries are left out, so conjugate gradients cannot meet negative curvature; the monitor counts.
+// a diagonally dominant M-matrix: the Laplacian of the bipartite graph of the plan plus a nonnegative diagonal. It
+// stays semidefinite whatever entries are left out, so conjugate gradients cannot meet negative curvature; the monitor
+// counts.
 //
 // Two solvers. Where the plan is dense, CG on the Schur complement of the columns, S = diag(C) - M' diag(1/R) M, with a
 // diagonal preconditioner: few iterations, one pass over M each. Where it is sparse and close to a forest, CG on the

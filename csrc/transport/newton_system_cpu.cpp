@@ -119,9 +119,13 @@ ApproximateCholesky factor_plan(const SparsePlan& M, const std::vector<double>& 
       sums[i] += M.value[e];
       sums[M.n + M.column[e]] += M.value[e];
     }
+  // An excess at the level of rounding would hold a component that nothing holds, by a pivot of noise.
+  const auto beyond_rounding = [](double diagonal, double sum) {
+    return diagonal - sum > 1e-13 * diagonal ? diagonal - sum : 0.0;
+  };
   std::vector<double> excess(M.n + M.m);
-  for (int64_t i = 0; i < M.n; ++i) excess[i] = std::max(R[i] - sums[i], 0.0);
-  for (int64_t j = 0; j < M.m; ++j) excess[M.n + j] = std::max(C[j] - sums[M.n + j], 0.0);
+  for (int64_t i = 0; i < M.n; ++i) excess[i] = beyond_rounding(R[i], sums[i]);
+  for (int64_t j = 0; j < M.m; ++j) excess[M.n + j] = beyond_rounding(C[j], sums[M.n + j]);
   return approximate_cholesky(M.n + M.m, edges, excess);
 }
 

@@ -212,11 +212,32 @@ class PassesCpu final : public Passes {
                       w.largest.data());
     };
     switch (cost_.kind) {
-      case CostKind::sqeuclidean: return points(sqeuclidean_logits<T>);
-      case CostKind::euclidean: return points(euclidean_logits<T>);
-      case CostKind::lp: return cost_.p == 1 ? points(l1_logits<T>) : points(lp_logits<T>);
-      case CostKind::cosine: return points(cosine_logits<T>);
-      default: return dense_logits<T>(m, row, g, inverse, w.t.data(), w.largest.data());
+      case CostKind::sqeuclidean:
+        switch (cost_.d) {
+          case 1:
+            return points(&sqeuclidean_logits<T, 1>);
+          case 2:
+            return points(&sqeuclidean_logits<T, 2>);
+          case 3:
+            return points(&sqeuclidean_logits<T, 3>);
+          default:
+            return points(&sqeuclidean_logits<T, 0>);
+        }
+      case CostKind::euclidean:
+        switch (cost_.d) {
+          case 2:
+            return points(&euclidean_logits<T, 2>);
+          case 3:
+            return points(&euclidean_logits<T, 3>);
+          default:
+            return points(&euclidean_logits<T, 0>);
+        }
+      case CostKind::lp:
+        return cost_.p == 1 ? points(&l1_logits<T, 0>) : points(&lp_logits<T, 0>);
+      case CostKind::cosine:
+        return points(&cosine_logits<T, 0>);
+      default:
+        return dense_logits<T>(m, row, g, inverse, w.t.data(), w.largest.data());
     }
   }
 
@@ -231,8 +252,7 @@ class PassesCpu final : public Passes {
   double entries(int64_t i, const T* row, const double* f, const double* g, double eps, double lowest, Row& w) const {
     logits(i, row, g, eps, w);
     const double own = f[i] / eps;
-    return unbounded_exponentials(blocks_, -own, lowest - own, w.largest.data(), w.t.data(), w.active.data(),
-                                  &w.count);
+    return unbounded_exponentials(blocks_, -own, lowest - own, w.largest.data(), w.t.data(), w.active.data(), &w.count);
   }
 
   // body(chunk, i, row of a stored cost or null, work) for every row; returns the number of chunks in use.
@@ -278,9 +298,8 @@ class PassesCpu final : public Passes {
   template <class Body>
   void with_column_sums(double* column_sums, Body&& body) {
     sums_.assign(padded() * most_chunks, 0.0);
-    const int64_t chunks = for_rows([&](int64_t chunk, int64_t i, const T* row, Row& w) {
-      body(i, row, w, sums_.data() + chunk * padded());
-    });
+    const int64_t chunks = for_rows(
+        [&](int64_t chunk, int64_t i, const T* row, Row& w) { body(i, row, w, sums_.data() + chunk * padded()); });
     combine(chunks, sums_, column_sums);
   }
 

@@ -7,8 +7,11 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
+#include "core/reduce.h"
 #include "core/simd.h"
 #include "core/vecmath.h"
 #include "transport/passes.h"
@@ -22,84 +25,112 @@ inline int64_t blocks_of(int64_t m) { return (m + block - 1) / block; }
 
 namespace detail {
 
-KANTOR_ALWAYS_INLINE double block_largest(const double* t) {
-  double largest[block];
-  for (int j = 0; j < block; ++j) largest[j] = t[j];
-  return vecmath::detail::tree_block<block>(largest, [](double a, double b) { return a > b ? a : b; });
+KANTOR_ALWAYS_INLINE Double8 splat(double x) { return Double8{x, x, x, x, x, x, x, x}; }
+KANTOR_ALWAYS_INLINE void store8(double* target, Double8 values) { std::memcpy(target, &values, sizeof values); }
+KANTOR_ALWAYS_INLINE Double8 larger8(Double8 a, Double8 b) { return a > b ? a : b; }
+
+KANTOR_ALWAYS_INLINE double largest_of(Double8 v) {
+  typedef int64_t Index __attribute__((vector_size(64)));
+  v = larger8(v, __builtin_shuffle(v, Index{4, 5, 6, 7, 0, 1, 2, 3}));
+  v = larger8(v, __builtin_shuffle(v, Index{2, 3, 0, 1, 6, 7, 4, 5}));
+  v = larger8(v, __builtin_shuffle(v, Index{1, 0, 3, 2, 5, 4, 7, 6}));
+  return v[0];
 }
 
-// Costs of one block of columns j..j+15 against row i.
+// Costs against row i: of eight columns from j on, and of one.
 template <class T>
-struct DenseBlock {
+struct DenseCosts {
   const T* row;
   KANTOR_ALWAYS_INLINE double one(int64_t j) const { return static_cast<double>(row[j]); }
-  KANTOR_ALWAYS_INLINE void whole(int64_t j, double* c) const {
-#pragma GCC ivdep
-    for (int k = 0; k < block; ++k) c[k] = static_cast<double>(row[j + k]);
-  }
+  KANTOR_ALWAYS_INLINE Double8 eight(int64_t j) const { return load8(row + j); }
 };
 
 enum class Norm { square, root, absolute, power, dot };
 
-template <class T, Norm norm>
-struct PointBlock {
+// `dims` is d where the compiler may know it, or 0.
+template <class T, Norm norm, int dims>
+struct PointCosts {
   const T* x;
   const T* y_by_axis;
   int64_t m, d;
   double p;
+  Double8 at[dims ? dims : 1];  // x where d is known: kept in registers
 
-  KANTOR_ALWAYS_INLINE static double term(double x, double y, double p) {
+  KANTOR_ALWAYS_INLINE PointCosts(const T* x_, const T* y_, int64_t m_, int64_t d_, double p_)
+      : x(x_), y_by_axis(y_), m(m_), d(d_), p(p_) {
+    for (int axis = 0; axis < dims; ++axis) at[axis] = splat(static_cast<double>(x[axis]));
+  }
+  KANTOR_ALWAYS_INLINE static double power(double size, double p) { return vecmath::exp(p * vecmath::log(size)); }
+  KANTOR_ALWAYS_INLINE static Double8 power(Double8 sizes, double p) {
+    double lanes[8];
+    store8(lanes, sizes);
+#pragma GCC ivdep
+    for (int k = 0; k < 8; ++k) lanes[k] = power(lanes[k], p);
+    return load8(lanes);
+  }
+  KANTOR_ALWAYS_INLINE static double root(double sum) { return __builtin_sqrt(sum); }
+  KANTOR_ALWAYS_INLINE static Double8 root(Double8 sums) {
+    double lanes[8];
+    store8(lanes, sums);
+    for (int k = 0; k < 8; ++k) lanes[k] = __builtin_sqrt(lanes[k]);
+    return load8(lanes);
+  }
+  template <class V>
+  KANTOR_ALWAYS_INLINE static V term(V x, V y, double p) {
     if constexpr (norm == Norm::dot) return x * y;
-    const double difference = x - y;
-    if constexpr (norm == Norm::absolute) return difference < 0 ? -difference : difference;
-    if constexpr (norm == Norm::power) {
-      const double size = difference < 0 ? -difference : difference;
-      return vecmath::exp(p * vecmath::log(size));
+    const V difference = x - y;
+    if constexpr (norm == Norm::absolute || norm == Norm::power) {
+      const V size = difference < 0 ? -difference : difference;
+      if constexpr (norm == Norm::absolute) return size;
+      if constexpr (norm == Norm::power) return power(size, p);
     }
     return difference * difference;
   }
-  KANTOR_ALWAYS_INLINE static double finish(double sum) {
-    if constexpr (norm == Norm::root) return __builtin_sqrt(sum);
+  template <class V>
+  KANTOR_ALWAYS_INLINE static V finish(V sum) {
     if constexpr (norm == Norm::dot) return 1 - sum;
+    if constexpr (norm == Norm::root) return root(sum);
     return sum;
   }
   KANTOR_ALWAYS_INLINE double one(int64_t j) const {
     double sum = 0;
-    for (int64_t axis = 0; axis < d; ++axis) sum += term(double(x[axis]), double(y_by_axis[axis * m + j]), p);
+    for (int64_t axis = 0; axis < d; ++axis) sum += term<double>(x[axis], y_by_axis[axis * m + j], p);
     return finish(sum);
   }
-  KANTOR_ALWAYS_INLINE void whole(int64_t j, double* c) const {
-    double sum[block] = {};
-    for (int64_t axis = 0; axis < d; ++axis) {
-      const double at = static_cast<double>(x[axis]);
-      const T* y = y_by_axis + axis * m + j;
-#pragma GCC ivdep
-      for (int k = 0; k < block; ++k) sum[k] += term(at, static_cast<double>(y[k]), p);
+  KANTOR_ALWAYS_INLINE Double8 eight(int64_t j) const {
+    Double8 sum{};
+    if constexpr (dims > 0) {
+      for (int axis = 0; axis < dims; ++axis) sum += term<Double8>(at[axis], load8(y_by_axis + axis * m + j), p);
+    } else {
+      for (int64_t axis = 0; axis < d; ++axis)
+        sum += term<Double8>(splat(static_cast<double>(x[axis])), load8(y_by_axis + axis * m + j), p);
     }
-#pragma GCC ivdep
-    for (int k = 0; k < block; ++k) c[k] = finish(sum[k]);
+    return finish(sum);
   }
 };
 
 template <class Costs>
 KANTOR_ALWAYS_INLINE double logits(const Costs& costs, int64_t m, const double* g, double inverse_eps, double* t,
-                                   double* block_largest_of) {
+                                   double* block_largest) {
   double largest = minus_infinity;
   int64_t j = 0;
   for (; j + block <= m; j += block) {
-    double c[block];
-    costs.whole(j, c);
-#pragma GCC ivdep
-    for (int k = 0; k < block; ++k) t[j + k] = (g[j + k] - c[k]) * inverse_eps;
-    const double here = block_largest(t + j);
-    block_largest_of[j / block] = here;
-    if (here > largest) largest = here;
+    const Double8 low = (load8(g + j) - costs.eight(j)) * inverse_eps;
+    const Double8 high = (load8(g + j + 8) - costs.eight(j + 8)) * inverse_eps;
+    store8(t + j, low);
+    store8(t + j + 8, high);
+    const double here = largest_of(larger8(low, high));
+    block_largest[j / block] = here;
+    largest = here > largest ? here : largest;
   }
   if (j < m) {
-    for (int k = 0; k < block; ++k) t[j + k] = j + k < m ? (g[j + k] - costs.one(j + k)) * inverse_eps : minus_infinity;
-    const double here = block_largest(t + j);
-    block_largest_of[j / block] = here;
-    if (here > largest) largest = here;
+    double here = minus_infinity;
+    for (int k = 0; k < block; ++k) {
+      t[j + k] = j + k < m ? (g[j + k] - costs.one(j + k)) * inverse_eps : minus_infinity;
+      here = t[j + k] > here ? t[j + k] : here;
+    }
+    block_largest[j / block] = here;
+    largest = here > largest ? here : largest;
   }
   return largest;
 }
@@ -111,14 +142,14 @@ KANTOR_ALWAYS_INLINE double logits(const Costs& costs, int64_t m, const double* 
 template <class T>
 KANTOR_SIMD double dense_logits(int64_t m, const T* row, const double* g, double inverse_eps, double* t,
                                 double* largest) {
-  return detail::logits(detail::DenseBlock<T>{row}, m, g, inverse_eps, t, largest);
+  return detail::logits(detail::DenseCosts<T>{row}, m, g, inverse_eps, t, largest);
 }
 
-#define KANTOR_POINT_LOGITS(name, norm)                                                                          \
-  template <class T>                                                                                             \
-  KANTOR_SIMD double name(int64_t m, int64_t d, double p, const T* x, const T* y, const double* g,               \
-                          double inverse_eps, double* t, double* largest) {                                      \
-    return detail::logits(detail::PointBlock<T, norm>{x, y, m, d, p}, m, g, inverse_eps, t, largest);            \
+#define KANTOR_POINT_LOGITS(name, norm)                                                                                \
+  template <class T, int dims>                                                                                         \
+  KANTOR_SIMD double name(int64_t m, int64_t d, double p, const T* x, const T* y, const double* g, double inverse_eps, \
+                          double* t, double* largest) {                                                                \
+    return detail::logits(detail::PointCosts<T, norm, dims>(x, y, m, d, p), m, g, inverse_eps, t, largest);            \
   }
 KANTOR_POINT_LOGITS(sqeuclidean_logits, detail::Norm::square)
 KANTOR_POINT_LOGITS(euclidean_logits, detail::Norm::root)
@@ -172,20 +203,20 @@ inline KANTOR_SIMD double unbounded_exponentials(int64_t blocks, double shift, d
 inline KANTOR_SIMD void add_row(int64_t count, const int32_t* active, const double* e, double weight, double* sums) {
   for (int64_t a = 0; a < count; ++a) {
     const int64_t j = int64_t(active[a]) * block;
-#pragma GCC ivdep
-    for (int k = 0; k < block; ++k) sums[j + k] += weight * e[j + k];
+    detail::store8(sums + j, load8(sums + j) + weight * load8(e + j));
+    detail::store8(sums + j + 8, load8(sums + j + 8) + weight * load8(e + j + 8));
   }
 }
 
 // sum_j e_j v_j
 inline KANTOR_SIMD double dot_row(int64_t count, const int32_t* active, const double* e, const double* v) {
-  double sums[block] = {};
+  Double8 low{}, high{};
   for (int64_t a = 0; a < count; ++a) {
     const int64_t j = int64_t(active[a]) * block;
-#pragma GCC ivdep
-    for (int k = 0; k < block; ++k) sums[k] += e[j + k] * v[j + k];
+    low += load8(e + j) * load8(v + j);
+    high += load8(e + j + 8) * load8(v + j + 8);
   }
-  return vecmath::detail::tree_block<block>(sums, [](double a, double b) { return a + b; });
+  return horizontal_sum(low, high, Double8{}, Double8{});
 }
 
 // largest_j = max(largest_j, t_j + shift) over a padded row.

@@ -1,7 +1,7 @@
 // Sinkhorn's iteration in the log domain (method "sinkhorn"). Both half-steps are one sweep over the plan (passes.h).
 // Over-relaxation after Thibault, Chizat, Dossal and Papadakis (2021): with t the rate of the plain iteration, both
-// half-steps lengthened by w = 2 / (1 + sqrt(1 - t)) converge at the rate w - 1. t is measured; where the error does not
-// fall as promised the iteration goes back to w = 1 and measures again.
+// half-steps lengthened by w = 2 / (1 + sqrt(1 - t)) converge at the rate w - 1. t is measured; where the error does
+// not fall as promised the iteration goes back to w = 1 and measures again.
 #include <algorithm>
 #include <cmath>
 

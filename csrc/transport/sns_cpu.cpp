@@ -18,7 +18,12 @@ constexpr CgLimits cg_limits{1e-6, 500};
 class Sns {
  public:
   Sns(Passes& passes, const Problem& problem, const Options& options, const Monitor& monitor)
-      : passes_(passes), problem_(problem), options_(options), progress_(outcome_, monitor), n_(passes.n), m_(passes.m) {}
+      : passes_(passes),
+        problem_(problem),
+        options_(options),
+        progress_(outcome_, monitor),
+        n_(passes.n),
+        m_(passes.m) {}
 
   Outcome run(double* f, double* g) {
     try {
@@ -69,7 +74,8 @@ class Sns {
     const double density = options_.density > 0 ? options_.density : 2.0 / n_;
     const int64_t count = static_cast<int64_t>(std::ceil(std::min(density, 1.0) * n_ * m_));
     SparsePlan M;
-    // The mass bounds the count-th largest entry from above; few entries lie between it and the threshold that is right.
+    // The mass bounds the count-th largest entry from above; few entries lie between it and the threshold that is
+    // right.
     for (double threshold = sum_of(here_.column_sums) / count * 1e-3;; threshold *= 1e-6) {
       passes_.extract(problem_.eps, f_.data(), g_.data(), threshold, n_ * m_, M);
       ++outcome_.passes;
