@@ -27,7 +27,10 @@ class Newton {
         problem_(problem),
         options_(options),
         dual_(passes, problem, outcome_),
-        progress_(outcome_, monitor) {}
+        progress_(outcome_, monitor) {
+    // What is left of the error between parts of the plan that drift apart is harder to mend the smaller eps is.
+    if (problem.eps < 2e-4 * (problem.cost_high - problem.cost_low)) tol_of_levels_ = 0.2 * level_tol;
+  }
 
   Outcome run(double* f, double* g) {
     std::vector<double> start(g, g + passes_.m);
@@ -39,7 +42,7 @@ class Newton {
       while (status == Status::running) {
         const bool last = dual_.eps() <= problem_.eps;
         const size_t before = outcome_.history.size();
-        status = level(p, last ? options_.tol : level_tol);
+        status = level(p, last ? options_.tol : tol_of_levels_);
         if (last || (status != Status::stalled && status != Status::converged)) break;
         const size_t steps = outcome_.history.size() - before;
         if (steps > 8) shrink = std::min(std::sqrt(shrink), 0.9);
@@ -77,10 +80,9 @@ class Newton {
     dual_.set_eps(problem_.eps);
     Dual::Point p = dual_.at(g);
     current_ = p.g;
-    if (problem_.eps >= highest || p.error <= 10 * level_tol) return p;
     if (options_.sinkhorn_first && problem_.eps >= 2e-3 * range) {
       std::vector<double> errors{p.error};
-      for (int sweep = 1; sweep <= 40 && p.finite && p.error > options_.tol; ++sweep) {
+      for (int sweep = 1; sweep <= 60 && p.finite && p.error > options_.tol; ++sweep) {
         p = dual_.at(dual_.sinkhorn_step(p));
         current_ = p.g;
         if (progress_.note(dual_.eps(), p.error, Step::sinkhorn) != Status::running) return p;
@@ -89,9 +91,9 @@ class Newton {
         const double rate = std::pow(errors[sweep] / errors[sweep - 4], 0.25);
         if (!(rate < 1) || std::log(options_.tol / p.error) / std::log(rate) > 30) break;
       }
-      if (p.error <= 10 * level_tol) return p;
       g = p.g;
     }
+    if (problem_.eps >= highest || p.error <= 10 * level_tol) return p;
     dual_.set_eps(highest);
     p = dual_.at(std::move(g));
     return p;
@@ -101,7 +103,9 @@ class Newton {
   Status level(Dual::Point& p, double tol) {
     bool sweeps_help = true;
     double best_error = p.error, best_value = p.value;
-    int64_t since_best = 0;
+    int64_t since_best = 0, level_sweeps = 0;
+    const bool last = dual_.eps() <= problem_.eps;
+    bool quick = true;
     prefer_factor_ = false;
     for (;;) {
       current_ = p.g;
@@ -120,9 +124,12 @@ class Newton {
       }
       const double before = p.error;
       Step step = Step::sinkhorn;
-      if (starved(p) || (p.chi2 > 1 && sweeps_help)) {
+      const bool cheap = !last && dense_plan_ && quick && level_sweeps < 12;  // beside a system with a dense plan
+      if (starved(p) || cheap || (p.chi2 > 1 && sweeps_help)) {
+        ++level_sweeps;
         p = dual_.at(dual_.sinkhorn_step(p));
         sweeps_help = p.error < 0.9 * before;
+        quick = p.error < 0.7 * before;
       } else if (newton_step(p)) {
         step = Step::newton;
         sweeps_help = true;
@@ -147,9 +154,11 @@ class Newton {
     const double eps = dual_.eps();
     const std::vector<double> R = dual_.row_diagonal(p), C = dual_.column_diagonal(p);
     SparsePlan M;
-    const double threshold = dropped_share * std::min(p.error, 0.1) * dual_.mass() / (double(passes_.n) * passes_.m);
+    const double threshold = (eps > problem_.eps ? 10 : 1) * dropped_share * std::min(p.error, 0.1) * dual_.mass() /
+                             (double(passes_.n) * passes_.m);
     const bool sparse = passes_.extract(eps, p.f.data(), p.g.data(), threshold, options_.entry_limit, M);
     ++outcome_.passes;
+    dense_plan_ = !sparse || M.nnz() > double(passes_.n) * passes_.m / 20;
     if (sparse) outcome_.most_entries = std::max(outcome_.most_entries, M.nnz());
 
     std::vector<double> direction;
@@ -270,8 +279,9 @@ class Newton {
   Dual dual_;
   Progress progress_;
   std::vector<double> current_;  // for an interrupt in the middle of a pass
-  double radius_ = 8, ridge_ = 1e-9;
+  double radius_ = 8, ridge_ = 1e-9, tol_of_levels_ = level_tol;
   bool prefer_factor_ = false;
+  bool dense_plan_ = true;  // at the last step
 };
 
 }  // namespace
