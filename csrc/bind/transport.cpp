@@ -40,7 +40,8 @@ std::unique_ptr<Passes> make_passes(const CostArgs& args, int threads) {
     cost.kind = static_cast<CostKind>(args.layout[0]);
     cost.n = args.layout[1], cost.m = args.layout[2], cost.d = args.layout[3], cost.tile_rows = args.layout[4];
     cost.p = args.power;
-    const bool points = args.operands.size() == 2;
+    const bool points = cost.kind != CostKind::dense && cost.kind != CostKind::callback;
+    require(args.operands.size() >= (points ? 2u : 1u), "transport: too few operands");
     if (points) {
       cost.x = elements<const T>(args.operands[0], "x").data();
       cost.y_by_axis = elements<const T>(args.operands[1], "y").data();
@@ -58,7 +59,13 @@ std::unique_ptr<Passes> make_passes(const CostArgs& args, int threads) {
       };
     const Exec exec = exec_for(args.operands[0], threads);
     if constexpr (cuda_code_built)
-      if (use_cuda_code(args.operands[0])) return make_passes_cuda<T>(exec, cost);
+      if (use_cuda_code(args.operands[0])) {
+        const Tensor& workspace = args.operands.back();
+        require(workspace.dtype == Dtype::u8 && workspace.size() >= transport_workspace_bytes(cost.n, cost.m),
+                "transport: on CUDA the last operand is the workspace");
+        cost.workspace = workspace.data;
+        return make_passes_cuda<T>(exec, cost);
+      }
     (void)use_cuda_code(args.operands[0]);
     return make_passes_cpu<T>(exec, cost);
   });
@@ -338,6 +345,10 @@ void bind_transport(py::module_& m) {
   m.def("transport_sweep", &bind_sweep);
   m.def("transport_column_log_sums", &bind_column_log_sums);
   m.def("transport_linear_solve", &bind_linear_solve);
+  if constexpr (cuda_code_built)
+    m.def("transport_workspace_bytes", &transport_workspace_bytes);
+  else
+    m.def("transport_workspace_bytes", [](int64_t, int64_t) { return int64_t{0}; });
 }
 
 }  // namespace kantor

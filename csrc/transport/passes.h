@@ -28,6 +28,7 @@ struct Cost {
   const T* y_by_axis = nullptr;  // points: (d, m)
   int64_t tile_rows = 0;
   CostCallback fill;
+  void* workspace = nullptr;  // CUDA: transport_workspace_bytes(n, m) of device memory
 };
 
 // A plan without its small entries, by rows: columns increase within a row.
@@ -82,5 +83,6 @@ template <class T>
 std::unique_ptr<Passes> make_passes_cpu(const Exec& exec, const Cost<T>& cost);
 template <class T>
 std::unique_ptr<Passes> make_passes_cuda(const Exec& exec, const Cost<T>& cost);
+int64_t transport_workspace_bytes(int64_t n, int64_t m);
 
 }  // namespace kantor::transport

@@ -194,7 +194,7 @@ class PassesCpu final : public Passes {
         }
       }
       entropies[i] = log_mass;
-      costs[i] = f[i] * mass + g_mass - eps * log_mass;
+      costs[i] = (mass > 0 ? f[i] * mass : 0) + g_mass - eps * log_mass;  // f is -inf in a row without mass
     });
     *linear = tree_sum(costs.data(), n);
     *entropy = tree_sum(entropies.data(), n);

@@ -3,7 +3,7 @@
 # Tensors are contiguous; results are written into tensors that the caller made. `threads` counts CPU threads.
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -112,3 +112,54 @@ def level_schedule(crow: Tensor, col: Tensor, pointers: Tensor, rows: Tensor) ->
 def ic0_solve(
     operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, work: Tensor, z: Tensor, threads: int
 ) -> None: ...
+
+# --- transport: a cost is (operands, layout, power, fill), as csrc/bind/transport.cpp says; vectors are float64, CPU ---
+
+_Cost = tuple[Sequence[Tensor], Sequence[int], float, Callable[[int, int], None] | None]
+_Task = tuple[_Cost, Tensor, Tensor, Sequence[float], Tensor, Tensor]
+
+def transport_workspace_bytes(n: int, m: int) -> int: ...  # device memory behind a cost; 0 without CUDA code
+def transport_solve(
+    method: str,
+    tasks: Sequence[_Task],  # cost, a, b, numbers, f, g
+    options: Sequence[float],
+    monitor: Callable[[int, float, float], bool] | None,
+    threads: int,
+) -> list[dict[str, Any]]: ...
+def transport_extract(
+    cost: _Cost, eps: float, f: Tensor, g: Tensor, threshold: float, limit: int, threads: int
+) -> tuple[Any, Any, Any] | None: ...  # arrays crow, col, values; None beyond the limit
+def transport_apply(
+    cost: _Cost, eps: float, f: Tensor, g: Tensor, V: Tensor, out: Tensor, transposed: bool, threads: int
+) -> None: ...
+def transport_values(cost: _Cost, eps: float, f: Tensor, g: Tensor, threads: int) -> tuple[float, float]: ...
+def transport_sums(
+    cost: _Cost, eps: float, f: Tensor, g: Tensor, row_sums: Tensor, column_sums: Tensor, threads: int
+) -> None: ...
+def transport_sweep(
+    cost: _Cost,
+    eps: float,
+    cutoff: float,
+    g: Tensor,
+    offset: Tensor,
+    log_sums: Tensor,
+    f: Tensor,
+    column_sums: Tensor,
+    repeats: int,
+    threads: int,
+) -> None: ...
+def transport_column_log_sums(cost: _Cost, eps: float, f: Tensor, log_sums: Tensor, threads: int) -> None: ...
+def transport_linear_solve(
+    row_start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    R: Tensor,
+    C: Tensor,
+    u: Tensor,
+    v: Tensor,
+    xi: Tensor,
+    zeta: Tensor,
+    rtol: float,
+    max_iterations: int,
+    threads: int,
+) -> tuple[int, float, int]: ...  # iterations, relative residual, directions of negative curvature

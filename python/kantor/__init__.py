@@ -10,7 +10,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from importlib.metadata import version as _distribution_version
 
-from kantor import _C, cuda, linalg, optim
+from kantor import _C, cuda, linalg, optim, transport
 from kantor._errors import BackendUnavailable, ConvergenceError, KantorError, NumericalBreakdown
 
 __version__: str = _C.__version__
@@ -30,4 +30,5 @@ __all__ = [
     "cuda",
     "linalg",
     "optim",
+    "transport",
 ]
