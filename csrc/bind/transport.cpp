@@ -164,17 +164,18 @@ Outcome run(const std::string& method, Passes& passes, const Task& task, const O
   return sinkhorn(passes, problem, options, monitor, task.f.data(), task.g.data());
 }
 
-// options: tol, max_iter, first_eps, entry_limit, sinkhorn_first, relaxation, warm_up, density.
+// options: tol, max_iter, first_eps, entry_limit, sinkhorn_first, relaxation, warm_up, density, scaling.
 // Several problems on the CPU run side by side, one thread each.
 py::list bind_solve(const std::string& method, const py::list& sources, const std::vector<double>& numbers,
                     const py::object& user, int threads) {
   std::vector<Task> tasks;
   for (const py::handle& source : sources) tasks.push_back(read_task(source.cast<py::tuple>()));
-  require(numbers.size() == 8, "transport: eight options are expected");
+  require(numbers.size() == 9, "transport: nine options are expected");
   Options options;
   options.tol = numbers[0], options.max_iter = static_cast<int64_t>(numbers[1]), options.first_eps = numbers[2];
   options.entry_limit = static_cast<int64_t>(numbers[3]), options.sinkhorn_first = numbers[4] != 0;
   options.relaxation = numbers[5], options.warm_up = static_cast<int64_t>(numbers[6]), options.density = numbers[7];
+  options.scaling = numbers[8] != 0;
   bool side_by_side = tasks.size() > 1;
   for (const Task& task : tasks)
     side_by_side = side_by_side && !task.cost.operands.at(0).on_cuda() && task.cost.fill.is_none();

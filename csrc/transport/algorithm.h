@@ -13,8 +13,9 @@ namespace kantor::transport {
 inline constexpr double unlimited = std::numeric_limits<double>::infinity();
 
 struct Problem {
-  const double* a = nullptr;  // (n,), positive
-  const double* b = nullptr;  // (m,), positive
+  // Weights, positive: (n,) and (m,). Where both are constraints their sums are 1.
+  const double* a = nullptr;
+  const double* b = nullptr;
   double eps = 0;
   double rho_a = unlimited, rho_b = unlimited;  // strengths of the marginals; unlimited: a constraint
   bool relative = false;  // the entropy is KL(P | a x b): with finite strengths the weights enter differently
@@ -60,11 +61,12 @@ struct Options {
   int64_t max_iter = 500;
   int threads = 1;
   // newton
-  double first_eps = 0;        // of the continuation; 0: a tenth of the range of the cost
+  double first_eps = 0;        // of the continuation; 0: a tenth of the range of the cost (sinkhorn: none)
   int64_t entry_limit = 0;     // of a sparse plan; beyond it products are taken through passes
   bool sinkhorn_first = true;  // where sweeps converge quickly, let them
   // sinkhorn
   double relaxation = 0;  // over-relaxation factor; 0: found from the rate of convergence
+  bool scaling = false;   // continuation in eps
   // sns
   int64_t warm_up = 20;
   double density = 0;  // share of the entries of P kept; 0: 2 / n

@@ -23,8 +23,9 @@ class Dual {
   struct Point {
     std::vector<double> g, f, log_sums, column_sums, target, gradient;
     double value = 0, scale = 0;  // F, and the size of what cancels in it
+    double mass = 1;              // of the plan, or of what it should be where that is larger
     double error = 0;             // sum |gradient| / mass
-    double chi2 = 0;              // sum gradient^2 / column_sums
+    double chi2 = 0;              // sum gradient^2 / column_sums / mass
     bool finite = true;
   };
 
@@ -36,7 +37,6 @@ class Dual {
     log_b_.resize(m_);
     for (int64_t i = 0; i < n_; ++i) log_a_[i] = std::log(problem.a[i]);
     for (int64_t j = 0; j < m_; ++j) log_b_[j] = std::log(problem.b[j]);
-    mass_ = tree_sum(problem.b, m_);
     const auto [low, high] = std::minmax_element(log_b_.begin(), log_b_.end());
     const auto [low_a, high_a] = std::minmax_element(log_a_.begin(), log_a_.end());
     // What a row leaves out must not matter to any column.
@@ -58,7 +58,6 @@ class Dual {
   }
 
   double eps() const { return eps_; }
-  double mass() const { return mass_; }
   double cutoff() const { return cutoff_; }
 
   Point at(std::vector<double> g) {
@@ -89,7 +88,7 @@ class Dual {
     ++outcome_.passes;
     finish(p);
     for (int64_t i = 0; i < n_; ++i) work_[i] = std::abs(std::exp(p.f[i] / eps_ + p.log_sums[i]) - problem_.a[i]);
-    p.error += tree_sum(work_.data(), n_) / mass_;
+    p.error += tree_sum(work_.data(), n_) / p.mass;
     return p;
   }
 
@@ -146,16 +145,18 @@ class Dual {
     p.value += tree_sum(w, m_);
     for (int64_t j = 0; j < m_; ++j) w[j] = std::abs(w[j]);
     p.scale += tree_sum(w, m_);
+    const double total = tree_sum(p.column_sums.data(), m_);
+    p.mass = tree_sum(p.target.data(), m_);
+    if (!hard_b) p.mass = std::max(p.mass, total);
     if (!hard_a) {  // with hard rows the mass of P is fixed
-      const double total = tree_sum(p.column_sums.data(), m_);
       p.value -= eps_ * total;
       p.scale += eps_ * total;
     }
     for (int64_t j = 0; j < m_; ++j) p.gradient[j] = p.target[j] - p.column_sums[j];
     for (int64_t j = 0; j < m_; ++j) w[j] = std::abs(p.gradient[j]);
-    p.error = tree_sum(w, m_) / mass_;
+    p.error = tree_sum(w, m_) / p.mass;
     for (int64_t j = 0; j < m_; ++j) w[j] = p.gradient[j] == 0 ? 0 : p.gradient[j] * p.gradient[j] / p.column_sums[j];
-    p.chi2 = tree_sum(w, m_) / mass_;
+    p.chi2 = tree_sum(w, m_) / p.mass;
     p.finite = std::isfinite(p.value) && std::isfinite(p.error);
   }
 
@@ -163,7 +164,7 @@ class Dual {
   const Problem& problem_;
   Outcome& outcome_;
   int64_t n_, m_;
-  double eps_ = 0, slope_a_ = 1, slope_b_ = 1, power_a_ = 1, power_b_ = 1, mass_ = 0, cutoff_ = 45;
+  double eps_ = 0, slope_a_ = 1, slope_b_ = 1, power_a_ = 1, power_b_ = 1, cutoff_ = 45;
   std::vector<double> log_a_, log_b_, offset_, work_;
 };
 
@@ -184,12 +185,11 @@ class Progress {
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
-// The dual never exceeds the cost of a feasible plan, which is at most `cost_high` times the mass (the entropy of a
-// plan of given marginals adds at most eps times that of the weights): a larger value proves that there is none.
-inline bool proves_infeasible(const Problem& problem, double mass, double value) {
+// The dual never exceeds <P, C> + eps sum P log P of a feasible plan; that is at most cost_high for a plan of mass 1,
+// whose entries are at most 1: a larger value proves that there is none.
+inline bool proves_infeasible(const Problem& problem, double value) {
   return problem.forbidden && std::isinf(problem.rho_a) && std::isinf(problem.rho_b) &&
-         value > mass * (std::max(problem.cost_high, 0.0) + 1e-9 * (problem.cost_high - problem.cost_low)) +
-                     problem.eps * mass * std::max(std::log(mass), 0.0);
+         value > problem.cost_high + 1e-9 * (problem.cost_high - problem.cost_low);
 }
 
 }  // namespace kantor::transport

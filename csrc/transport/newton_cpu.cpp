@@ -36,8 +36,9 @@ class Newton {
     std::vector<double> start(g, g + passes_.m);
     Dual::Point best;
     try {
-      Dual::Point p = first_point(std::move(start));
-      Status status = p.finite ? Status::running : Status::overflow;
+      Status status = Status::running;
+      Dual::Point p = first_point(std::move(start), status);
+      if (!p.finite) status = Status::overflow;
       double shrink = 0.5;
       while (status == Status::running) {
         const bool last = dual_.eps() <= problem_.eps;
@@ -74,7 +75,7 @@ class Newton {
  private:
   // Where sweeps at the final eps converge quickly they are all that is needed. Otherwise the largest eps from which
   // Newton's method goes down safely: for a good start that is the final one.
-  Dual::Point first_point(std::vector<double> g) {
+  Dual::Point first_point(std::vector<double> g, Status& status) {
     const double range = problem_.cost_high - problem_.cost_low;
     const double highest = options_.first_eps > 0 ? options_.first_eps : 0.1 * range;
     dual_.set_eps(problem_.eps);
@@ -85,7 +86,8 @@ class Newton {
       for (int sweep = 1; sweep <= 60 && p.finite && p.error > options_.tol; ++sweep) {
         p = dual_.at(dual_.sinkhorn_step(p));
         current_ = p.g;
-        if (progress_.note(dual_.eps(), p.error, Step::sinkhorn) != Status::running) return p;
+        status = progress_.note(dual_.eps(), p.error, Step::sinkhorn);
+        if (status != Status::running) return p;
         errors.push_back(p.error);
         if (sweep < 6) continue;
         const double rate = std::pow(errors[sweep] / errors[sweep - 4], 0.25);
@@ -111,7 +113,7 @@ class Newton {
       current_ = p.g;
       if (!p.finite) return Status::overflow;
       if (p.error <= tol) return Status::converged;
-      if (proves_infeasible(problem_, dual_.mass(), p.value)) return Status::infeasible;
+      if (proves_infeasible(problem_, p.value)) return Status::infeasible;
       if (outcome_.newton_steps >= options_.max_iter ||
           static_cast<int64_t>(outcome_.history.size()) >= 20 * options_.max_iter)
         return Status::max_iter;
@@ -154,7 +156,7 @@ class Newton {
     const double eps = dual_.eps();
     const std::vector<double> R = dual_.row_diagonal(p), C = dual_.column_diagonal(p);
     SparsePlan M;
-    const double threshold = (eps > problem_.eps ? 10 : 1) * dropped_share * std::min(p.error, 0.1) * dual_.mass() /
+    const double threshold = (eps > problem_.eps ? 10 : 1) * dropped_share * std::min(p.error, 0.1) * p.mass /
                              (double(passes_.n) * passes_.m);
     const bool sparse = passes_.extract(eps, p.f.data(), p.g.data(), threshold, options_.entry_limit, M);
     ++outcome_.passes;
@@ -169,6 +171,11 @@ class Newton {
       longest = 0;
       for (const double d : direction) longest = std::max(longest, std::abs(d));
       if (!(longest > radius_)) break;
+      if (!sparse) {  // a shorter step costs nothing, another solve dozens of sweeps
+        for (double& d : direction) d *= radius_ / longest;
+        longest = radius_;
+        break;
+      }
       ridge_ = longest > 5 * radius_ ? std::max(10 * ridge_, 1e-6) : 3 * ridge_;
     }
     if (!std::isfinite(longest)) return false;
@@ -226,6 +233,7 @@ class Newton {
     for (double& c : C) c *= 1 + ridge_;
     std::vector<double> zeta, xi;
     CgLimits limits{std::min(1e-2, std::max(p.error, 1e-8)), 150};
+    if (!M) limits.rtol = std::min(0.1, std::max(p.error, 0.3 * options_.tol / p.error));  // each product is a sweep
     if (!M || (M->nnz() > 8 * (passes_.n + passes_.m) && !prefer_factor_)) {
       GramProduct gram;
       std::vector<double> scale;
@@ -268,7 +276,7 @@ class Newton {
   void centre(std::vector<double>& direction) const {
     std::vector<double> weighted(direction.size());
     for (size_t j = 0; j < direction.size(); ++j) weighted[j] = problem_.b[j] * direction[j];
-    const double mean = sum_of(weighted) / dual_.mass();
+    const double mean = sum_of(weighted) / tree_sum(problem_.b, passes_.m);
     for (double& d : direction) d -= mean;
   }
 

@@ -18,24 +18,27 @@ class Sinkhorn {
   Sinkhorn(Passes& passes, const Problem& problem, const Options& options, const Monitor& monitor)
       : passes_(passes), problem_(problem), options_(options), progress_(outcome_, monitor) {
     hard_ = std::isinf(problem.rho_a) && std::isinf(problem.rho_b);
-    mass_ = tree_sum(problem.b, passes.m);
   }
 
   Outcome run(double* f, double* g) {
     Dual dual(passes_, problem_, outcome_);
     double eps = problem_.eps;
-    if (options_.first_eps > 0) eps = std::max(eps, options_.first_eps);
+    if (options_.scaling) eps = std::max(eps, 0.1 * (problem_.cost_high - problem_.cost_low));
     std::vector<double> start(g, g + passes_.m);
     Dual::Point p;
     try {
       for (;;) {
-        const bool last = eps <= problem_.eps;
         dual.set_eps(eps);
+        const bool last = last_level(dual);
         p = dual.at(std::move(start));
         outcome_.status = level(dual, p, last ? options_.tol : 0.05);
         if (last || (outcome_.status != Status::converged && outcome_.status != Status::stalled)) break;
         start = std::move(p.g);
         eps = eps * 0.5 < problem_.eps * 1.2 ? problem_.eps : eps * 0.5;
+      }
+      if (!last_level(dual)) {
+        dual.set_eps(problem_.eps);
+        p = dual.at(std::move(p.g));
       }
     } catch (const Interrupted&) { outcome_.status = Status::interrupted; }
     if (!p.f.empty() && !p.g.empty()) {
@@ -48,6 +51,8 @@ class Sinkhorn {
   }
 
  private:
+  bool last_level(const Dual& dual) const { return dual.eps() <= problem_.eps; }
+
   Status level(Dual& dual, Dual::Point& p, double tol) {
     std::vector<double> errors;
     double relaxation = options_.relaxation > 0 && hard_ ? options_.relaxation : 1;
@@ -57,7 +62,7 @@ class Sinkhorn {
     for (;;) {
       if (!p.finite) return Status::overflow;
       if (p.error <= tol) return Status::converged;
-      if (relaxation == 1 && proves_infeasible(problem_, mass_, p.value)) return Status::infeasible;
+      if (relaxation == 1 && proves_infeasible(problem_, p.value)) return Status::infeasible;
       if (static_cast<int64_t>(outcome_.history.size()) >= options_.max_iter) return Status::max_iter;
       if (p.error < best) {
         best = p.error;
@@ -102,7 +107,6 @@ class Sinkhorn {
   Outcome outcome_;
   Progress progress_;
   bool hard_ = true;
-  double mass_ = 1;
 };
 
 }  // namespace

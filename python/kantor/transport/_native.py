@@ -28,7 +28,7 @@ from kantor._ops import Context, backend, declare
 from kantor.transport._cost import Cost, Encoded
 
 # Columns of the `info` output of transport_potentials.
-STATUS, NEWTON, PASSES, SOLVES, CG, FACTORISATIONS, NEGATIVE, ENTRIES, ERROR, DUAL, SECONDS, COUNT = range(12)
+STATUS, NEWTON, PASSES, SOLVES, CG, FACTORISATIONS, NEGATIVE, ENTRIES, ERROR, DUAL, SECONDS, STEPS, COUNT = range(13)
 _FIELDS = (
     "status", "newton_steps", "passes", "solves", "cg_iterations", "factorisations", "negative_curvature",
     "most_entries", "error", "dual",
@@ -64,10 +64,11 @@ def run(
     Rows and columns without mass are left out; their potentials are -inf, and so their part of the plan is zero.
     """
     hard = math.isinf(rho[0]) and math.isinf(rho[1])
-    tasks, kept = [], []
+    tasks, kept, masses = [], [], []
     for cost, a_k, b_k, start_k in zip(costs, a, b, start, strict=True):
-        if hard:  # equal masses to the last bit: float32 weights add up to others in float64
-            b_k = b_k * (a_k.sum() / b_k.sum())
+        if hard:  # of mass 1, to the last bit: float32 weights add up to others in float64
+            masses.append(float(a_k.sum()))
+            a_k, b_k = a_k / a_k.sum(), b_k / b_k.sum()
         rows, columns = (None if bool((w > 0).all()) else (w > 0).nonzero().flatten() for w in (a_k, b_k))
         part = cost.select(rows, columns)
         a_part = a_k if rows is None else a_k[rows]
@@ -93,13 +94,15 @@ def run(
     for k, (outcome, (rows, columns), task) in enumerate(zip(outcomes, kept, tasks, strict=True)):
         info[k, : len(_FIELDS)] = torch.tensor([float(outcome[name]) for name in _FIELDS], dtype=torch.float64)
         table = np.stack([outcome[name] for name in ("seconds", "eps", "errors", "steps")])
+        info[k, STEPS] = table.shape[1]
         stride = -(-table.shape[1] // HISTORY_LENGTH) or 1
         table = table[:, ::-1][:, ::stride][:, ::-1].copy()  # the last step is always there
         info[k, SECONDS], info[k, COUNT] = seconds, table.shape[1]
         history[k, :, : table.shape[1]] = torch.from_numpy(table)
         f, g = task[4], task[5]
         if hard:
-            shift = (torch.dot(task[2], g) - torch.dot(task[1], f)) / (task[1].sum() + task[2].sum())
+            g = g + eps * math.log(masses[k])  # P times the mass
+            shift = 0.5 * (torch.dot(task[2], g) - torch.dot(task[1], f))
             f, g = f + shift, g - shift
         fs.append(_restored(f, rows, a[k]))
         gs.append(_restored(g, columns, b[k]))

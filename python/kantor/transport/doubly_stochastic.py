@@ -16,8 +16,8 @@ def doubly_stochastic(A: Tensor, *, reg: float | Tensor, tol: float = 1e-9, **op
     """Project a symmetric affinity onto the doubly stochastic matrices.
 
     The plan of the result is the matrix ``D exp(A / reg) D`` with row and column sums 1: entropic transport with cost
-    ``-A`` and unit weights. -inf in A forbids a pair, which stays zero. A must be symmetric; the two potentials then
-    agree, and are returned so exactly.
+    ``-A`` and unit weights. -inf in A forbids a pair, which stays zero. A must be symmetric; so is the result, to the
+    tolerance.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def doubly_stochastic(A: Tensor, *, reg: float | Tensor, tol: float = 1e-9, **op
     Returns
     -------
     TransportResult
-        ``result.plan`` (n, n) is symmetric and doubly stochastic; ``result.value_linear`` is ``-<P, A>``.
+        ``result.plan`` (n, n) is doubly stochastic; ``result.value_linear`` is ``-<P, A>``.
 
     Raises
     ------

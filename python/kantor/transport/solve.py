@@ -177,12 +177,12 @@ def solve(
         _check_problem(call, Cost.dense(C.detach().reshape(-1, m)), C, a, b, rho)
     exact = is_readable(eps) and float(eps.detach()) == 0
     if exact:
-        eps = _exact_reg(call, C, rho, grad)
+        eps = _exact_reg(call, C, rho)
     start = _start(call, x0, C.shape[:-2], n, m)
     if grad == "none":
         C, a, b, eps = C.detach(), a.detach(), b.detach(), eps.detach()
     chosen = "newton" if method == "auto" else method
-    numbers = _numbers(C.detach(), chosen, options, n * m)
+    numbers = _numbers(chosen, options, n * m)
     with _monitored(callback, progress, tol, interrupt):
         f, g, info, history = transport_potentials(
             C, a, b, eps.to(C.device), start, *rho, reg_type == "kl", chosen, numbers
@@ -192,7 +192,7 @@ def solve(
     if not readable:
         return _unchecked(cost, (a, b), f, g, value, eps, chosen, tol)
     result = _make_result(cost, (a, b), f, g, value, eps, info, history, method, chosen, tol, exact)
-    if exact and isinstance(cost, Cost):
+    if exact:
         result = certify(result)
     return _warned(result, call)
 
@@ -334,10 +334,12 @@ def _check_moves(call: str, C: Tensor, a: Tensor, b: Tensor) -> None:
             )
 
 
-def _exact_reg(call: str, C: Tensor, rho: tuple[float, float], grad: str) -> Tensor:
+def _exact_reg(call: str, C: Tensor, rho: tuple[float, float]) -> Tensor:
+    if C.ndim == 3:
+        raise ValueError(f"{call}: reg: 0 needs its own last reg for each problem; pass a list of matrices, list(C)")
     if not (math.isinf(rho[0]) and math.isinf(rho[1])):
         raise ValueError(f"{call}: reg: expected a positive number with unbalanced marginals, got 0")
-    low, high, _ = Cost.dense(C.detach().reshape(-1, C.shape[-1])).extent()
+    low, high, _ = Cost.dense(C.detach()).extent()
     return torch.tensor(EXACT_REG * (high - low) or 1.0, dtype=torch.float64)
 
 
@@ -359,16 +361,13 @@ def _start(call: str, x0: Any, lead: Sequence[int], n: int, m: int) -> Tensor | 
 # --- how it is run ----------------------------------------------------------------------------------------------------
 
 
-def _numbers(C: Tensor | None, method: str, options: dict[str, Any], entry_limit: int) -> list[float]:
+def _numbers(method: str, options: dict[str, Any], entry_limit: int) -> list[float]:
     """Options in the order of csrc/bind/transport.cpp."""
-    first_eps = 0.0
-    if method == "sinkhorn" and options["eps_scaling"] and C is not None and is_readable(C):
-        low, high, _ = Cost.dense(C.reshape(-1, C.shape[-1])).extent()
-        first_eps = 0.1 * (high - low)
     max_iter = _MAX_ITER[method] if options["max_iter"] is None else options["max_iter"]
     return [
-        float(options["tol"]), float(max_iter), first_eps, float(entry_limit), 1.0,
+        float(options["tol"]), float(max_iter), 0.0, float(entry_limit), 1.0,
         float(options["relaxation"] or 0), float(options["warm_up"]), float(options["density"] or 0),
+        float(options["eps_scaling"]),
     ]  # fmt: skip
 
 
@@ -420,7 +419,7 @@ def run_points(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Potentials of a problem of points, without derivatives."""
     n, m = cost.shape
-    numbers = _numbers(None, chosen, options, min(n * m, _POINT_ENTRIES))
+    numbers = _numbers(chosen, options, min(n * m, _POINT_ENTRIES))
     with _monitored(callback, progress, options["tol"], options["interrupt"]):
         fs, gs, info, history = _native.run(
             chosen, [cost.detach()], [a.detach().cpu().double()], [b.detach().cpu().double()], eps, rho,
@@ -460,7 +459,7 @@ def _make_result(
         value=value,
         marginal_error=float(errors[worst]) if len(errors) else 0.0,
         status=status,
-        n_iter=count,
+        n_iter=int(table[:, _native.STEPS].max(initial=0)),
         n_newton=newton_steps,
         n_sweeps=int(table[:, _native.PASSES].max(initial=0)),
         method=chosen,
