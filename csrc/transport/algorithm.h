@@ -48,7 +48,7 @@ struct Outcome {
   int64_t solves = 0, cg_iterations = 0, factorisations = 0;
   int64_t negative_curvature = 0;
   int64_t most_entries = 0;  // of a plan made sparse
-  double error = 0;          // L1 error of the marginals relative to their mass
+  double error = unlimited;  // L1 error of the marginals relative to their mass
   double dual = 0;
   std::vector<Record> history;
 };

@@ -17,8 +17,11 @@ namespace {
 constexpr double level_tol = 0.05;      // of intermediate levels
 constexpr double dropped_share = 1e-2;  // of the error: mass that the sparse plan may lack
 constexpr double machine_floor = 1e-12;
-constexpr double linear_share = 0.9;  // of the slope: F gained so much over a step that its curvature hardly shows
-constexpr int64_t patience = 40;      // steps without progress before a level is given up
+constexpr double linear_share = 0.9;      // of the slope: F gained so much over a step that its curvature hardly shows
+constexpr double rounding_level = 1e-8;   // an error below it may be all that eps allows
+constexpr int64_t steps_of_a_level = 25;  // Newton steps after which a level is taken to have begun too far away
+constexpr int most_tightened = 4;
+constexpr int64_t patience = 40;  // steps without progress before a level is given up
 
 class Newton {
  public:
@@ -37,6 +40,7 @@ class Newton {
     Dual::Point best;
     try {
       Status status = Status::running;
+      current_ = start;
       Dual::Point p = first_point(std::move(start), status);
       if (!p.finite) status = Status::overflow;
       double shrink = 0.5;
@@ -44,6 +48,16 @@ class Newton {
         const bool last = dual_.eps() <= problem_.eps;
         const size_t before = outcome_.history.size();
         status = level(p, last ? options_.tol : tol_of_levels_);
+        if (status == Status::stalled && p.error > rounding_level && tightened_ < most_tightened) {
+          // Parts of the plan have drifted apart: back to where they are connected, and down again more exactly.
+          ++tightened_;
+          tol_of_levels_ *= 0.03;
+          dual_.set_eps(std::min(highest(), 100 * dual_.eps()));
+          shrink = 0.5;
+          p = dual_.at(std::move(p.g));
+          status = Status::running;
+          continue;
+        }
         if (last || (status != Status::stalled && status != Status::converged)) break;
         const size_t steps = outcome_.history.size() - before;
         if (steps > 8) shrink = std::min(std::sqrt(shrink), 0.9);
@@ -59,7 +73,7 @@ class Newton {
       outcome_.status = Status::interrupted;
       dual_.set_eps(problem_.eps);
       passes_.interrupted = nullptr;
-      best = dual_.at(std::move(current_));
+      best = dual_.at(current_);
     }
     if (dual_.eps() != problem_.eps) {
       dual_.set_eps(problem_.eps);
@@ -76,8 +90,8 @@ class Newton {
   // Where sweeps at the final eps converge quickly they are all that is needed. Otherwise the largest eps from which
   // Newton's method goes down safely: for a good start that is the final one.
   Dual::Point first_point(std::vector<double> g, Status& status) {
+    const bool cold = std::all_of(g.begin(), g.end(), [](double value) { return value == 0; });
     const double range = problem_.cost_high - problem_.cost_low;
-    const double highest = options_.first_eps > 0 ? options_.first_eps : 0.1 * range;
     dual_.set_eps(problem_.eps);
     Dual::Point p = dual_.at(g);
     current_ = p.g;
@@ -95,10 +109,14 @@ class Newton {
       }
       g = p.g;
     }
-    if (problem_.eps >= highest || p.error <= 10 * level_tol) return p;
-    dual_.set_eps(highest);
+    if (problem_.eps >= highest() || p.error <= (cold ? level_tol : 10 * level_tol)) return p;
+    dual_.set_eps(highest());
     p = dual_.at(std::move(g));
     return p;
+  }
+
+  double highest() const {
+    return options_.first_eps > 0 ? options_.first_eps : 0.1 * (problem_.cost_high - problem_.cost_low);
   }
 
   // Newton's method at one eps, from p, to an error of tol.
@@ -108,6 +126,7 @@ class Newton {
     int64_t since_best = 0, level_sweeps = 0;
     const bool last = dual_.eps() <= problem_.eps;
     bool quick = true;
+    const int64_t steps_before = outcome_.newton_steps;
     prefer_factor_ = false;
     for (;;) {
       current_ = p.g;
@@ -124,6 +143,9 @@ class Newton {
       } else if (++since_best > (p.error < machine_floor ? 3 : patience)) {
         return Status::stalled;
       }
+      if (p.error > rounding_level && tightened_ < most_tightened &&
+          outcome_.newton_steps - steps_before > steps_of_a_level)
+        return Status::stalled;
       const double before = p.error;
       Step step = Step::sinkhorn;
       const bool cheap = !last && dense_plan_ && quick && level_sweeps < 12;  // beside a system with a dense plan
@@ -143,23 +165,32 @@ class Newton {
     }
   }
 
-  // Columns that next to nothing reaches: the quadratic model says nothing about them, Sinkhorn's update does.
-  static bool starved(const Dual::Point& p) {
-    for (size_t j = 0; j < p.column_sums.size(); ++j)
-      if (!(p.column_sums[j] > 1e-12 * p.target[j])) return true;
-    return false;
+  // A column that next to nothing reaches: the quadratic model says nothing about it, Sinkhorn's update does.
+  static bool starved(const Dual::Point& p, size_t j) { return !(p.column_sums[j] > 1e-12 * p.target[j]); }
+  // Whether such columns matter.
+  bool starved(const Dual::Point& p) const {
+    double mass = 0;
+    for (size_t j = 0; j < p.target.size(); ++j)
+      if (starved(p, j)) mass += p.target[j];
+    return mass > 1e-3 * options_.tol * p.mass;
   }
 
   // False when no step along Newton's direction is acceptable.
   bool newton_step(Dual::Point& p) {
     ++outcome_.newton_steps;
     const double eps = dual_.eps();
-    const std::vector<double> R = dual_.row_diagonal(p), C = dual_.column_diagonal(p);
+    std::vector<double> R = dual_.row_diagonal(p), C = dual_.column_diagonal(p);
+    for (size_t j = 0; j < C.size(); ++j) {
+      // Stays where it is, or goes with its neighbours; whatever it needs must not hold up the others.
+      if (starved(p, j) || std::max(p.target[j], p.column_sums[j]) < 1e-3 * options_.tol * p.mass / double(C.size()))
+        C[j] = std::max(C[j], p.target[j]), p.gradient[j] = 0;
+    }
     SparsePlan M;
     const double threshold = (eps > problem_.eps ? 10 : 1) * dropped_share * std::min(p.error, 0.1) * p.mass /
                              (double(passes_.n) * passes_.m);
     const bool sparse = passes_.extract(eps, p.f.data(), p.g.data(), threshold, options_.entry_limit, M);
     ++outcome_.passes;
+    if (sparse) make_dominant(M, R, C);
     dense_plan_ = !sparse || M.nnz() > double(passes_.n) * passes_.m / 20;
     if (sparse) outcome_.most_entries = std::max(outcome_.most_entries, M.nnz());
 
@@ -225,6 +256,21 @@ class Newton {
     }
   }
 
+  // The sums come from the sweep, the entries from the potentials: with exponents of a million they differ by 1e-10,
+  // and the matrix of the system is semidefinite only if no diagonal is less than its row.
+  static void make_dominant(const SparsePlan& M, std::vector<double>& R, std::vector<double>& C) {
+    std::vector<double> column_sums(C.size(), 0.0);
+    for (int64_t i = 0; i < M.n; ++i) {
+      double row_sum = 0;
+      for (int64_t e = M.row_start[i]; e < M.row_start[i + 1]; ++e) {
+        row_sum += M.value[e];
+        column_sums[M.column[e]] += M.value[e];
+      }
+      R[i] = std::max(R[i], row_sum);
+    }
+    for (size_t j = 0; j < C.size(); ++j) C[j] = std::max(C[j], column_sums[j]);
+  }
+
   // Newton's direction in units of eps.
   std::vector<double> solve(const Dual::Point& p, std::vector<double> R, std::vector<double> C, const SparsePlan* M) {
     ++outcome_.solves;
@@ -287,6 +333,7 @@ class Newton {
   Dual dual_;
   Progress progress_;
   std::vector<double> current_;  // for an interrupt in the middle of a pass
+  int tightened_ = 0;            // how often the levels were begun again
   double radius_ = 8, ridge_ = 1e-9, tol_of_levels_ = level_tol;
   bool prefer_factor_ = false;
   bool dense_plan_ = true;  // at the last step

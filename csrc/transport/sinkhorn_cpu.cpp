@@ -45,7 +45,7 @@ class Sinkhorn {
       std::copy(p.f.begin(), p.f.end(), f);
       std::copy(p.g.begin(), p.g.end(), g);
     }
-    outcome_.error = p.error;
+    if (!p.f.empty()) outcome_.error = p.error;
     outcome_.dual = p.value;
     return outcome_;
   }
@@ -59,6 +59,7 @@ class Sinkhorn {
     int plain = 0, relaxed = 0;  // sweeps since the last change of the relaxation
     double best = p.error;
     int64_t since_best = 0;
+    Dual::Point begun_at;  // where the relaxation was raised
     for (;;) {
       if (!p.finite) return Status::overflow;
       if (p.error <= tol) return Status::converged;
@@ -79,6 +80,12 @@ class Sinkhorn {
 
       // What follows only chooses the relaxation.
       const size_t k = errors.size();
+      if (relaxation > 1 && !(p.error < 10 * begun_at.error)) {  // it does not converge from here: take it back
+        relaxation = 1;
+        plain = -10 * measured;
+        p = begun_at;
+        continue;
+      }
       if (relaxation == 1) {
         if (++plain < measured) continue;
         const double late = errors[k - 1] / errors[k - 6], early = errors[k - 6] / errors[k - 11];
@@ -88,6 +95,7 @@ class Sinkhorn {
         if (rate > 0.3) {
           relaxation = 2 / (1 + std::sqrt(1 - rate));
           relaxed = 0;
+          begun_at = p;
         }
         plain = 0;
       } else if (++relaxed > 30 && relaxed % 10 == 0) {

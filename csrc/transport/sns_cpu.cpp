@@ -30,13 +30,11 @@ class Sns {
       Dual dual(passes_, problem_, outcome_);
       Dual::Point p = dual.at(std::vector<double>(g, g + m_));
       for (int64_t k = 0; k < options_.warm_up && p.error > options_.tol && outcome_.status == Status::running; ++k) {
+        keep(p);
         p = dual.at(dual.sinkhorn_step(p));
         outcome_.status = progress_.note(problem_.eps, p.error, Step::sinkhorn);
       }
-      f_ = std::move(p.f);
-      g_ = std::move(p.g);
-      outcome_.error = p.error;
-      outcome_.dual = p.value;
+      keep(p);
       evaluate(f_, g_, here_);
       while (outcome_.status == Status::running) outcome_.status = newton_step();
     } catch (const Interrupted&) { outcome_.status = Status::interrupted; }
@@ -48,6 +46,13 @@ class Sns {
   }
 
  private:
+  void keep(const Dual::Point& p) {
+    f_ = p.f;
+    g_ = p.g;
+    outcome_.error = p.error;
+    outcome_.dual = p.value;
+  }
+
   struct Values {
     std::vector<double> row_sums, column_sums, u, v;  // marginals of P, and what they lack
     double dual = 0, error = 0;

@@ -47,11 +47,9 @@ class Cost:
 
     @staticmethod
     def points(x: Tensor, y: Tensor, cost: str | TileFunction, p: float = 2.0) -> Cost:
-        """Cost of points; rows are normalised here for the cosine."""
+        """Cost of points."""
         if callable(cost):
             return Cost(CALLBACK, x=x, y=y, function=cost)
-        if cost == "cosine":
-            x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
         return Cost(KINDS[cost], x=x, y=y, p=1.0 if cost == "l1" else p)
 
     @property
@@ -110,7 +108,7 @@ class Cost:
                 )
             return tile
         if self.kind == COSINE:
-            return 1 - x @ y.mT
+            return 1 - _directions(x) @ _directions(y).mT
         difference = x.unsqueeze(1) - y.unsqueeze(0)
         if self.kind == SQEUCLIDEAN:
             return difference.square().sum(-1)
@@ -165,7 +163,10 @@ class Cost:
         elif self.function is None:
             assert self.x is not None
             assert self.y is not None
-            operands = [self.x.detach().contiguous(), self.y.detach().mT.contiguous()]
+            x, y = self.x.detach(), self.y.detach()
+            if self.kind == COSINE:
+                x, y = _directions(x), _directions(y)
+            operands = [x.contiguous(), y.mT.contiguous()]
             layout, power = [self.kind, n, m, self.x.shape[1], 0], self.p
         else:
             assert self.x is not None
@@ -182,6 +183,10 @@ class Cost:
         if size:
             operands.append(torch.empty(size, dtype=torch.uint8, device=self.device))
         return Encoded(operands, layout, power, fill)
+
+
+def _directions(points: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(points, dim=-1)
 
 
 def check_cost_name(cost: Any, p: float, function: str) -> None:

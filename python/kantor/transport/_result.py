@@ -358,7 +358,7 @@ class _Apply(torch.autograd.Function):
 def sparse_csr(found: tuple[Any, Any, Any], shape: tuple[int, int]) -> Tensor:
     """A torch CSR matrix from the arrays of the native code."""
     crow, col, values = (torch.from_numpy(array) for array in found)
-    return torch.sparse_csr_tensor(crow, col.long(), values, shape)
+    return torch.sparse_csr_tensor(crow, col.long(), values, shape, check_invariants=False)
 
 
 __all__ = ["TransportResult", "TransportStatus"]

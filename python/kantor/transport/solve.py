@@ -531,12 +531,16 @@ def certify(result: TransportResult) -> TransportResult:
         allowed = torch.isfinite(cost.matrix[more_rows, more_columns].cpu())
         more_rows, more_columns, more = more_rows[allowed], more_columns[allowed], more[allowed]
     index = torch.stack([torch.cat([rows, more_rows]), torch.cat([columns, more_columns])])
-    rounded = torch.sparse_coo_tensor(index, torch.cat([values, more]), (n, m)).coalesce().to_sparse_csr()
+    rounded = (
+        torch.sparse_coo_tensor(index, torch.cat([values, more]), (n, m), check_invariants=False)
+        .coalesce()
+        .to_sparse_csr()
+    )
     result = replace(result, rounded=rounded, cost=cost)
 
     # -t LSE(. / t) <= min: a soft minimum at a tiny t is feasible, and exact to t log n.
     low, high, _ = cost.extent()
-    t = 1e-10 * (high - low) or 1.0
+    t = max(1e-10 * (high - low), 1e-15 * max(abs(low), abs(high)), 1e-290)
     log_sums = torch.empty(m, dtype=torch.float64)
     backend().transport_column_log_sums(tuple(cost.encode()), t, f, log_sums, torch.get_num_threads())
     transform = torch.where(b > 0, -t * log_sums, 0.0)
