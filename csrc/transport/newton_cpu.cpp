@@ -43,6 +43,7 @@ class Newton {
       current_ = start;
       Dual::Point p = first_point(std::move(start), status);
       if (!p.finite) status = Status::overflow;
+      last_eps_ = dual_.eps();
       double shrink = 0.5;
       while (status == Status::running) {
         const bool last = dual_.eps() <= problem_.eps;
@@ -51,8 +52,9 @@ class Newton {
         if (status == Status::stalled && p.error > rounding_level && tightened_ < most_tightened) {
           // Parts of the plan have drifted apart: back to where they are connected, and down again more exactly.
           ++tightened_;
+          previous_end_.clear();
           tol_of_levels_ *= 0.03;
-          dual_.set_eps(std::min(highest(), 100 * dual_.eps()));
+          dual_.set_eps(last_eps_ = std::min(highest(), 100 * dual_.eps()));
           shrink = 0.5;
           p = dual_.at(std::move(p.g));
           status = Status::running;
@@ -64,7 +66,7 @@ class Newton {
         if (steps <= 2) shrink = 0.5;
         const double next = dual_.eps() * shrink;
         dual_.set_eps(next < problem_.eps * 1.2 ? problem_.eps : next);
-        p = dual_.at(std::move(p.g));
+        p = next_start(std::move(p));
         status = Status::running;
       }
       outcome_.status = status;
@@ -113,6 +115,24 @@ class Newton {
     dual_.set_eps(highest());
     p = dual_.at(std::move(g));
     return p;
+  }
+
+  // At the next eps: the end of the last level, or the line through the ends of the last two, whichever is higher.
+  Dual::Point next_start(Dual::Point end) {
+    const double eps = dual_.eps();
+    std::vector<double> line;
+    if (!previous_end_.empty() && previous_eps_ > last_eps_) {
+      const double t = (eps - last_eps_) / (last_eps_ - previous_eps_);
+      line = end.g;
+      for (size_t j = 0; j < line.size(); ++j) line[j] += t * (end.g[j] - previous_end_[j]);
+    }
+    previous_end_ = end.g;
+    previous_eps_ = last_eps_;
+    last_eps_ = eps;
+    Dual::Point start = dual_.at(std::move(end.g));
+    if (line.empty()) return start;
+    Dual::Point ahead = dual_.at(std::move(line));
+    return ahead.finite && ahead.value > start.value ? ahead : start;
   }
 
   double highest() const {
@@ -333,7 +353,9 @@ class Newton {
   Dual dual_;
   Progress progress_;
   std::vector<double> current_;  // for an interrupt in the middle of a pass
-  int tightened_ = 0;            // how often the levels were begun again
+  std::vector<double> previous_end_;
+  double previous_eps_ = 0, last_eps_ = 0;
+  int tightened_ = 0;  // how often the levels were begun again
   double radius_ = 8, ridge_ = 1e-9, tol_of_levels_ = level_tol;
   bool prefer_factor_ = false;
   bool dense_plan_ = true;  // at the last step

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t most_chunks = 16;
 constexpr int64_t entries_per_poll = int64_t{1} << 20;
+constexpr int64_t serial_entries = int64_t{1} << 18;  // 0.2 ms: below, a second thread gains less than it may cost
 
 // The row under work: its exponents and the blocks that matter.
 struct Row {
@@ -31,7 +32,7 @@ class PassesCpu final : public Passes {
     n = cost.n;
     m = cost.m;
     blocks_ = blocks_of(m);
-    if (n * m < serial_below) threads_ = 1;
+    if (n * m < serial_entries) threads_ = 1;
   }
 
   void sweep(double eps, double cutoff, const double* g, const double* offset, double slope, double* log_sums,
@@ -47,7 +48,7 @@ class PassesCpu final : public Passes {
   }
 
   void column_log_sums(double eps, const double* f, double* log_sums) override {
-    std::vector<double> largest(padded() * most_chunks, minus_infinity), sums(padded() * most_chunks, 0.0);
+    std::vector<double> largest(padded() * chunks_in_use(), minus_infinity), sums(padded() * chunks_in_use(), 0.0);
     const std::vector<double> zero(m, 0.0);
     const int64_t chunks = for_rows([&](int64_t chunk, int64_t i, const T* row, Row& w) {
       logits(i, row, zero.data(), eps, w);
@@ -161,7 +162,7 @@ class PassesCpu final : public Passes {
     constexpr int64_t at_once = 8;
     for (int64_t first = 0; first < k; first += at_once) {
       const int64_t count = std::min(at_once, k - first), length = count * padded();
-      std::vector<double> sums(most_chunks * length, 0.0);
+      std::vector<double> sums(chunks_in_use() * length, 0.0);
       const int64_t chunks = for_rows([&](int64_t chunk, int64_t i, const T* row, Row& w) {
         entries(i, row, f, g, eps, -700, w);
         for (int64_t c = 0; c < count; ++c)
@@ -202,6 +203,9 @@ class PassesCpu final : public Passes {
 
  private:
   int64_t padded() const { return blocks_ * block; }
+  int64_t chunks_in_use() const {
+    return chunks_of(cost_.kind == CostKind::callback ? std::min(n, cost_.tile_rows) : n);
+  }
   static int64_t chunks_of(int64_t rows) { return std::clamp<int64_t>(rows / 8, 1, most_chunks); }
 
   // t and its maxima for row i.
@@ -297,7 +301,7 @@ class PassesCpu final : public Passes {
   // body(i, row, work, sums): adds to the padded column sums of its chunk.
   template <class Body>
   void with_column_sums(double* column_sums, Body&& body) {
-    sums_.assign(padded() * most_chunks, 0.0);
+    sums_.assign(padded() * chunks_in_use(), 0.0);
     const int64_t chunks = for_rows(
         [&](int64_t chunk, int64_t i, const T* row, Row& w) { body(i, row, w, sums_.data() + chunk * padded()); });
     combine(chunks, sums_, column_sums);

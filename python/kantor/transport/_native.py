@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -295,15 +296,30 @@ def _solve_forward(P: Tensor, R: Tensor, K: Tensor, u: Tensor, v: Tensor, singul
     xi, zeta = torch.empty(count, n, dtype=torch.float64), torch.empty(count, m, dtype=torch.float64)
     for k in range(count):
         plan, rows, columns, u_k, v_k = (t[k].contiguous() for t in host)
-        sparse = torch.where(plan > 1e-17 * plan.amax(), plan, 0.0).to_sparse_csr()
+        if not bool((torch.isfinite(u_k).all() & torch.isfinite(v_k).all() & torch.isfinite(plan).all())):
+            xi[k], zeta[k] = math.nan, math.nan
+            continue
+        # Relative to the lighter of row and column: a point of little mass has derivatives like any other.
+        lighter = torch.minimum(rows.unsqueeze(-1), columns.unsqueeze(-2))
+        sparse = torch.where(plan > 1e-17 * lighter, plan, 0.0).to_sparse_csr()
         one = torch.ones((), dtype=torch.float64)  # stands in for rows and columns without mass
         rows, columns = torch.where(rows > 0, rows, one), torch.where(columns > 0, columns, one)
         if singular:
             u_k, v_k = _orthogonal(u_k, v_k)
-        backend().transport_linear_solve(
+        _, residual, _ = backend().transport_linear_solve(
             sparse.crow_indices().long(), sparse.col_indices().int(), sparse.values().contiguous(), rows, columns,
             u_k.contiguous(), v_k.contiguous(), xi[k], zeta[k], 1e-13, 1000, torch.get_num_threads(),
         )  # fmt: skip
+        if residual > 1e-6:
+            warnings.warn(
+                f"derivatives of a transport plan: the linear system was solved to a relative residual of "
+                f"{residual:.0e} only; the derivatives are inexact",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        # The residual is a sum over all points; a step of the block iteration makes the light ones exact too.
+        zeta[k] = (v_k - xi[k] @ plan) / columns
+        xi[k] = (u_k - plan @ zeta[k]) / rows
         if singular:
             xi[k], zeta[k] = _orthogonal(xi[k], zeta[k])
     shape = u.shape[:-1] if u.ndim > len(lead) else lead

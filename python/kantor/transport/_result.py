@@ -195,7 +195,7 @@ class TransportResult:
         if isinstance(self.cost, list) or self._tracked():
             C = self._dense_cost().to(torch.float64)
             P = plan_of(C, *self.potentials, self.eps)
-            return torch.where(P > 0, P * C, 0.0).sum((-2, -1))
+            return (P * torch.where(P > 0, C, 0.0)).sum((-2, -1))
         f, g = self._host_potentials()
         linear, _ = backend().transport_values(tuple(self.cost.encode()), self.reg, f, g, torch.get_num_threads())
         return torch.tensor(linear, dtype=torch.float64)
@@ -269,11 +269,14 @@ class TransportResult:
         rows, others = (self.shape[0], self.shape[1]) if transpose else (self.shape[1], self.shape[0])
         if not isinstance(V, Tensor):
             raise TypeError(f"apply: V: expected a torch.Tensor, got {type(V).__name__}")
+        fits = V.ndim in (1, 2) and V.shape[0] == rows
+        if isinstance(self.cost, list):  # a batch of V, or one for all
+            fits = fits or (V.ndim == 3 and V.shape[-2] == rows)
+        if not fits:
+            raise ValueError(f"apply: V: expected shape ({rows},) or ({rows}, k), got {tuple(V.shape)}")
         if isinstance(self.cost, list) or self.rounded is not None or self._tracked():
             P = self.plan if self.rounded is None else self.rounded.to(V.dtype)
             return (P.mT if transpose else P) @ V
-        if V.ndim not in (1, 2) or V.shape[0] != rows:
-            raise ValueError(f"apply: V: expected shape ({rows},) or ({rows}, k), got {tuple(V.shape)}")
         result: Tensor = _Apply.apply(V, self, transpose)  # type: ignore[no-untyped-call]
         assert result.shape[0] == others
         return result

@@ -165,8 +165,8 @@ def solve(
     if C.ndim not in (2, 3):
         raise ValueError(f"{call}: C: expected shape (n, m) or (B, n, m), got {tuple(C.shape)}")
     n, m = C.shape[-2:]
-    if n == 0 or m == 0:
-        raise ValueError(f"{call}: C: expected at least one row and one column, got shape {tuple(C.shape)}")
+    if C.numel() == 0:
+        raise ValueError(f"{call}: C: expected at least one problem, row and column, got shape {tuple(C.shape)}")
     a, b = _weights(call, C, a, n, "a"), _weights(call, C, b, m, "b")
     rho = _strengths(call, unbalanced)
     if C.ndim == 3 and (callback is not None or progress):
@@ -306,8 +306,8 @@ def _check_problem(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor
             wrong = torch.isnan(C.detach()) if math.isnan(low) else torch.isneginf(C.detach())
             place = f" at {tuple(wrong.nonzero()[0].tolist())}"
         raise ValueError(f"{call}: C: expected costs that are finite or +inf (a forbidden pair), got {kind}{place}")
-    if infinite and C is not None:
-        _check_moves(call, C.detach(), a.detach(), b.detach())
+    if infinite:
+        _check_moves(call, cost, C, a.detach(), b.detach())
     if math.isinf(rho[0]) and math.isinf(rho[1]):
         mass_a, mass_b = a.detach().double().sum(-1), b.detach().double().sum(-1)
         gap = (mass_a - mass_b).abs()
@@ -320,11 +320,22 @@ def _check_problem(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor
             )
 
 
-def _check_moves(call: str, C: Tensor, a: Tensor, b: Tensor) -> None:
+def _check_moves(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor) -> None:
     """A row or column with mass must have an allowed pair with mass on the other side."""
-    allowed = torch.isfinite(C) & (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
-    for name, dim, weights in (("row", -1, a), ("column", -2, b)):
-        stuck = ~allowed.any(dim) & (weights > 0)
+    if C is not None:
+        allowed = torch.isfinite(C.detach()) & (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
+        movable = allowed.any(-1), allowed.any(-2)
+    else:  # a function's tiles
+        rows, columns = [], torch.zeros_like(b, dtype=torch.bool)
+        step = cost.tile_rows()
+        for first in range(0, a.numel(), step):
+            with torch.no_grad():
+                tile = torch.isfinite(cost.tile(first, min(a.numel(), first + step)))
+            rows.append((tile & (b > 0)).any(-1))
+            columns |= (tile & (a[first : first + step] > 0).unsqueeze(-1)).any(-2)
+        movable = torch.cat(rows), columns
+    for name, can_move, weights in (("row", movable[0], a), ("column", movable[1], b)):
+        stuck = ~can_move & (weights > 0)
         if bool(stuck.any()):
             where = stuck.nonzero()[0].tolist()
             batch = f" of problem {where[0]}" if len(where) == 2 else ""
