@@ -115,7 +115,10 @@ class Cost:
         if self.kind == EUCLIDEAN:
             distance: Tensor = torch.linalg.vector_norm(difference, dim=-1)
             return distance
-        return difference.abs().pow(self.p).sum(-1)
+        size = difference.abs()
+        if self.p < 1:  # infinitely steep at 0: where points meet the derivative is taken as 0
+            return torch.where(size > 0, torch.where(size > 0, size, 1.0).pow(self.p), 0.0).sum(-1)
+        return size.pow(self.p).sum(-1)
 
     def tile_rows(self) -> int:
         """Rows of one tile, so that it has about two million entries."""

@@ -80,6 +80,11 @@ def run(
             g.copy_(start_k if columns is None else start_k[columns])
             g.nan_to_num_(0.0, 0.0, 0.0)
         low, high, forbidden = part.extent()
+        if eps < 1e-14 * (high - low):
+            raise ValueError(
+                f"transport: reg: expected 0, or at least 1e-14 of the range of the cost ({high - low:.3g}), below which "
+                f"exponents have no digits left; got {eps:.3g}"
+            )
         numbers = [eps, *rho, float(relative), low, high, float(forbidden)]
         tasks.append((tuple(part.encode()), a_part.contiguous(), b_part.contiguous(), numbers, f, g))
         kept.append((rows, columns))

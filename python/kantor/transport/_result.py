@@ -78,7 +78,9 @@ class TransportResult:
     potentials : tuple of Tensor
         f (n,) and g (m,), float64: the plan is ``exp((f_i + g_j - C_ij) / reg)``. -inf where a weight is zero. With
         hard marginals ``a.f = b.g``; with ``reg_type="kl"`` the potentials of the reference measure a x b are
-        ``f - reg log a`` and ``g - reg log b``.
+        ``f - reg log a`` and ``g - reg log b``. Where the plan falls into parts that less mass than the tolerance
+        joins, the difference of the potentials between parts, and derivatives through it, are not determined by the
+        marginals; plan and value are.
     value : Tensor
         Optimal value of the problem, entropy included; float64, differentiable.
     marginal_error : float

@@ -68,10 +68,11 @@ def wasserstein_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | No
     x, y, a, b = _check_problem(call, x, y, a, b)
     xs, x_order = x.sort(dim=-1, stable=True)
     ys, y_order = y.sort(dim=-1, stable=True)
-    if a is None and b is None:  # masses in units of 1 / (n m) are whole numbers, in which cuts coincide exactly
-        n, m = x.shape[-1], y.shape[-1]
-        uniform = _uniform(n, m, x.device)
-        rows, columns, mass = _staircase(*uniform)
+    n, m = x.shape[-1], y.shape[-1]
+    if a is None and b is None and n == m:
+        distance, mass = (xs - ys).abs(), x.new_full((n,), 1 / n, dtype=torch.float64)
+    elif a is None and b is None:
+        rows, columns, mass = _staircase(*_uniform(n, m, x.device))
         mass = mass / (n * m)
         if is_readable(mass):
             kept = mass > 0
@@ -88,9 +89,7 @@ def wasserstein_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | No
     return mean_power(distance, mass.to(x.dtype), p)
 
 
-def plan_1d(
-    x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def plan_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Optimal plan of two distributions on the line, for every convex function of the distance at once.
 
     Parameters
@@ -176,7 +175,7 @@ def mean_power(distance: Tensor, mass: Tensor, p: float) -> Tensor:
 
 
 def _uniform(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Equal weights of total n m."""
+    """Equal weights of total n m: whole numbers, in which cuts coincide exactly."""
     whole = {"dtype": torch.float64, "device": device}
     return torch.full((n,), float(m), **whole), torch.full((m,), float(n), **whole)  # type: ignore[call-overload]
 
@@ -197,9 +196,7 @@ def _taken(values: Tensor, index: Tensor) -> Tensor:
 
 def _check_exponent(call: str, p: object) -> None:
     if not isinstance(p, int | float | np.floating | np.integer) or isinstance(p, bool) or not p >= 1:
-        raise ValueError(
-            f"{call}: p: expected a number >= 1, got {p!r}; below 1 the best plan is not the one in order"
-        )
+        raise ValueError(f"{call}: p: expected a number >= 1, got {p!r}; below 1 the best plan is not the one in order")
 
 
 def _check_problem(
@@ -243,6 +240,8 @@ def _broadcast(call: str, names: str, first: Tensor, second: Tensor) -> torch.Si
 
 def check_masses(call: str, a: Tensor | None, b: Tensor | None, hint: str = "normalise them") -> None:
     """Raise ValueError unless weights (..., n), (..., m) are finite, nonnegative and of equal, positive mass."""
+    if a is None and b is None:
+        return
     totals: list[Tensor] = []
     for name, weights in (("a", a), ("b", b)):
         if weights is None:

@@ -178,10 +178,11 @@ def solve(
     exact = is_readable(eps) and float(eps.detach()) == 0
     if exact:
         eps = _exact_reg(call, C, rho)
+    chosen = "newton" if method == "auto" else method
+    _check_method(call, chosen, rho)
     start = _start(call, x0, C.shape[:-2], n, m)
     if grad == "none":
         C, a, b, eps = C.detach(), a.detach(), b.detach(), eps.detach()
-    chosen = "newton" if method == "auto" else method
     numbers = _numbers(chosen, options, n * m)
     with _monitored(callback, progress, tol, interrupt):
         f, g, info, history = transport_potentials(
@@ -241,6 +242,13 @@ def _check_options(
         raise ValueError(f"{call}: density: expected a number in (0, 1], got {density!r}")
     if not isinstance(warm_up, int | np.integer) or warm_up < 0:
         raise ValueError(f"{call}: warm_up: expected an integer >= 0, got {warm_up!r}")
+
+
+def _check_method(call: str, method: str, rho: tuple[float, float]) -> None:
+    if method == "sns" and not (math.isinf(rho[0]) and math.isinf(rho[1])):
+        raise ValueError(
+            f"{call}: unbalanced: expected None with method='sns', which is for hard marginals; use 'newton'"
+        )
 
 
 def _weights(call: str, like: Tensor, w: Any, size: int, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from kantor.transport.solve import (
     EXACT_REG,
     TransportCallback,
     Unbalanced,
+    _check_method,
     _check_options,
     _check_problem,
     _make_result,
@@ -140,8 +142,10 @@ def solve_sample(
         eps = torch.tensor(EXACT_REG * (high - low) or 1.0, dtype=torch.float64)
         if not (math.isinf(rho[0]) and math.isinf(rho[1])):
             raise ValueError(f"{call}: reg: expected a positive number with unbalanced marginals, got 0")
-    start = _start(call, x0, (), n, m)
     chosen = "newton" if method == "auto" else method
+    _check_method(call, chosen, rho)
+    start = _start(call, x0, (), n, m)
+    started = time.perf_counter()
     if chosen == "newton" and start is None:
         start = _coarse_start(problem.detach(), a, b, float(eps.detach()), rho, options)
     f, g, info, history = run_points(
@@ -149,6 +153,7 @@ def solve_sample(
     )
     value = _PointValue.apply(X, Y, a, b, eps, f, g, (cost, p, rho, reg_type == "kl"))  # type: ignore[no-untyped-call]
     result = _make_result(problem, (a, b), f, g, value, eps.detach(), info, history, method, chosen, tol, exact)
+    result = replace(result, seconds=time.perf_counter() - started)
     return _warned(certify(result) if exact else result, call)
 
 
@@ -167,7 +172,7 @@ def _coarse_start(
 ) -> Tensor | None:
     """Start of a large problem: the potential of a sample of its points, extended to all by its own formula."""
     n, m = cost.shape
-    if n * m < 1 << 24:
+    if n * m < 1 << 24 or min(n, m) < 1000:
         return None
     generator = torch.Generator().manual_seed(0)
     small = []
@@ -177,7 +182,9 @@ def _coarse_start(
         if size <= count:
             small.append((None, weights))
             continue
-        index = torch.multinomial(weights, count, replacement=True, generator=generator).unique()
+        shares = weights.cumsum(0)
+        draws = torch.rand(count, dtype=torch.float64, generator=generator) * shares[-1]
+        index = torch.searchsorted(shares, draws).clamp(max=size - 1).unique()
         # Points drawn by weight count alike; a mass of one problem stays the mass of the other.
         small.append((index, torch.full((index.numel(),), float(weights.sum()) / index.numel(), dtype=torch.float64)))
     (rows, a_small), (columns, b_small) = small
