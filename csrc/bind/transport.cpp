@@ -197,7 +197,13 @@ py::list bind_solve(const std::string& method, const py::list& sources, const st
       if (mine.interrupted && mine.interrupted()) return Status::interrupted;
       if (!user.is_none()) {
         py::gil_scoped_acquire gil;
-        if (user(step, eps, error).cast<bool>()) return Status::stopped;
+        try {
+          if (user(step, eps, error).cast<bool>()) return Status::stopped;
+        } catch (const py::error_already_set& raised) {
+          if (!raised.matches(PyExc_KeyboardInterrupt)) throw;
+          interrupted = true;
+          return Status::interrupted;
+        }
       }
       return Status::running;
     };
@@ -329,6 +335,7 @@ py::tuple bind_linear_solve(const Tensor& row_start, const Tensor& column, const
     py::gil_scoped_release nogil;
     const ApproximateCholesky factor = factor_plan(M, rows, columns_of);
     report = solve_whole(M, rows, columns_of, factor, first, second, {rtol, max_iterations}, threads, x, z);
+    block_step(M, rows, columns_of, first, second, x, z);
   }
   std::copy(x.begin(), x.end(), out_x.begin());
   std::copy(z.begin(), z.end(), out_z.begin());

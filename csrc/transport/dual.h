@@ -58,9 +58,25 @@ class Dual {
   }
 
   double eps() const { return eps_; }
+  // Of Sinkhorn's iteration, in the largest change of a potential: below one where marginals are penalised.
+  double contraction() const { return slope_a_ * slope_b_; }
   double cutoff() const { return cutoff_; }
 
+  // The point g or, with penalised marginals, the best of its translates (f + s, g - s): they have the same plan, and
+  // along them F is next to flat where the penalties are strong.
   Point at(std::vector<double> g) {
+    Point p = evaluate(std::move(g));
+    if (std::isinf(problem_.rho_a) && std::isinf(problem_.rho_b)) return p;
+    for (int repeat = 0; repeat < 3 && p.finite; ++repeat) {
+      const double s = translation(p);
+      if (!(std::abs(s) > 1e-3 * eps_)) break;
+      for (double& value : p.g) value -= s;
+      p = evaluate(std::move(p.g));
+    }
+    return p;
+  }
+
+  Point evaluate(std::vector<double> g) {
     Point p;
     p.g = std::move(g);
     p.f.resize(n_);
@@ -90,6 +106,14 @@ class Dual {
     for (int64_t i = 0; i < n_; ++i) work_[i] = std::abs(std::exp(p.f[i] / eps_ + p.log_sums[i]) - problem_.a[i]);
     p.error += tree_sum(work_.data(), n_) / p.mass;
     return p;
+  }
+
+  // Where Sinkhorn's iteration begins: the columns' share of the reference measure.
+  std::vector<double> cold_start() const {
+    std::vector<double> g(m_, 0.0);
+    if (!std::isinf(problem_.rho_b))
+      for (int64_t j = 0; j < m_; ++j) g[j] = slope_b_ * eps_ * power_b_ * log_b_[j];
+    return g;
   }
 
   // Diagonals of the negative Hessian times eps: R of the rows, C of the columns.
@@ -126,6 +150,23 @@ class Dual {
   }
 
  private:
+  // s that maximises A(f + s) + B(g - s): the masses that both penalties ask for agree.
+  double translation(const Point& p) const {
+    const auto log_mass = [](int64_t count, double power, const std::vector<double>& log_w,
+                             const std::vector<double>& potential, double rho) {
+      double largest = -unlimited, sum = 0;
+      const auto exponent = [&](int64_t i) {
+        return std::isinf(rho) ? log_w[i] : power * log_w[i] - potential[i] / rho;
+      };
+      for (int64_t i = 0; i < count; ++i) largest = std::max(largest, exponent(i));
+      for (int64_t i = 0; i < count; ++i) sum += std::exp(exponent(i) - largest);
+      return largest + std::log(sum);
+    };
+    const double gap =
+        log_mass(n_, power_a_, log_a_, p.f, problem_.rho_a) - log_mass(m_, power_b_, log_b_, p.g, problem_.rho_b);
+    return gap / (1 / problem_.rho_a + 1 / problem_.rho_b);
+  }
+
   void finish(Point& p) {
     p.target.resize(m_);
     p.gradient.resize(m_);
@@ -154,9 +195,9 @@ class Dual {
     }
     for (int64_t j = 0; j < m_; ++j) p.gradient[j] = p.target[j] - p.column_sums[j];
     for (int64_t j = 0; j < m_; ++j) w[j] = std::abs(p.gradient[j]);
-    p.error = tree_sum(w, m_) / p.mass;
+    p.error = p.mass > 0 ? tree_sum(w, m_) / p.mass : 0;  // a plan too small for a double is zero, and right
     for (int64_t j = 0; j < m_; ++j) w[j] = p.gradient[j] == 0 ? 0 : p.gradient[j] * p.gradient[j] / p.column_sums[j];
-    p.chi2 = tree_sum(w, m_) / p.mass;
+    p.chi2 = p.mass > 0 ? tree_sum(w, m_) / p.mass : 0;
     p.finite = std::isfinite(p.value) && std::isfinite(p.error);
   }
 

@@ -49,7 +49,8 @@ class Newton {
         const bool last = dual_.eps() <= problem_.eps;
         const size_t before = outcome_.history.size();
         status = level(p, last ? options_.tol : tol_of_levels_);
-        if (status == Status::stalled && p.error > rounding_level && tightened_ < most_tightened) {
+        if (status == Status::stalled && p.error > rounding_level && tightened_ < most_tightened &&
+            dual_.eps() < highest()) {
           // Parts of the plan have drifted apart: back to where they are connected, and down again more exactly.
           ++tightened_;
           previous_end_.clear();
@@ -65,7 +66,11 @@ class Newton {
         if (steps > 8) shrink = std::min(std::sqrt(shrink), 0.9);
         if (steps <= 2) shrink = 0.5;
         const double next = dual_.eps() * shrink;
+        const std::vector<double> before_start = dual_.cold_start();
         dual_.set_eps(next < problem_.eps * 1.2 ? problem_.eps : next);
+        // Penalties see the potentials of the reference measure, which differ from ours by a multiple of eps log b.
+        const std::vector<double> after_start = dual_.cold_start();
+        for (size_t j = 0; j < p.g.size(); ++j) p.g[j] += after_start[j] - before_start[j];
         p = next_start(std::move(p));
         status = Status::running;
       }
@@ -95,8 +100,10 @@ class Newton {
     const bool cold = std::all_of(g.begin(), g.end(), [](double value) { return value == 0; });
     const double range = problem_.cost_high - problem_.cost_low;
     dual_.set_eps(problem_.eps);
+    if (cold) g = dual_.cold_start();
     Dual::Point p = dual_.at(g);
     current_ = p.g;
+    if (dual_.contraction() < 0.7) return p;
     if (options_.sinkhorn_first && problem_.eps >= 2e-3 * range) {
       std::vector<double> errors{p.error};
       for (int sweep = 1; sweep <= 60 && p.finite && p.error > options_.tol; ++sweep) {
@@ -113,8 +120,7 @@ class Newton {
     }
     if (problem_.eps >= highest() || p.error <= (cold ? level_tol : 10 * level_tol)) return p;
     dual_.set_eps(highest());
-    p = dual_.at(std::move(g));
-    return p;
+    return dual_.at(cold && outcome_.history.empty() ? dual_.cold_start() : std::move(g));
   }
 
   // At the next eps: the end of the last level, or the line through the ends of the last two, whichever is higher.
@@ -163,13 +169,14 @@ class Newton {
       } else if (++since_best > (p.error < machine_floor ? 3 : patience)) {
         return Status::stalled;
       }
-      if (p.error > rounding_level && tightened_ < most_tightened &&
+      if (p.error > rounding_level && tightened_ < most_tightened && dual_.eps() < highest() &&
           outcome_.newton_steps - steps_before > steps_of_a_level)
         return Status::stalled;
       const double before = p.error;
       Step step = Step::sinkhorn;
       const bool cheap = !last && dense_plan_ && quick && level_sweeps < 12;  // beside a system with a dense plan
-      if (starved(p) || cheap || (p.chi2 > 1 && sweeps_help)) {
+      const bool contracting = dual_.contraction() < 0.7;
+      if (starved(p) || cheap || contracting || (p.chi2 > 1 && sweeps_help)) {
         ++level_sweeps;
         p = dual_.at(dual_.sinkhorn_step(p));
         sweeps_help = p.error < 0.9 * before;

@@ -48,4 +48,10 @@ CgReport solve_whole(const SparsePlan& M, const std::vector<double>& R, const st
                      const ApproximateCholesky& factor, const std::vector<double>& u, const std::vector<double>& v,
                      const CgLimits& limits, int threads, std::vector<double>& xi, std::vector<double>& zeta);
 
+// One step of the block iteration, zeta = (v - M' xi) / C, then xi = (u - M zeta) / R. The residual of CG is a sum over
+// all points; this makes the unknowns of light ones exact too.
+void block_step(const SparsePlan& M, const std::vector<double>& R, const std::vector<double>& C,
+                const std::vector<double>& u, const std::vector<double>& v, std::vector<double>& xi,
+                std::vector<double>& zeta);
+
 }  // namespace kantor::transport

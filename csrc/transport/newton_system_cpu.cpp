@@ -29,7 +29,7 @@ double dot(const std::vector<double>& x, const std::vector<double>& y) {
 class RowPasses {
  public:
   RowPasses(const SparsePlan& M, int threads)
-      : M_(M), threads_(M.nnz() < serial_below ? 1 : threads), sums_(threads_ == 1 ? M.m : chunks * M.m) {}
+      : M_(M), threads_(threads), sums_(M.nnz() < serial_below ? M.m : chunks * M.m) {}
 
   template <class Weight>
   void operator()(const double* v, double* out, Weight&& weight) {
@@ -127,6 +127,20 @@ ApproximateCholesky factor_plan(const SparsePlan& M, const std::vector<double>& 
   for (int64_t i = 0; i < M.n; ++i) excess[i] = beyond_rounding(R[i], sums[i]);
   for (int64_t j = 0; j < M.m; ++j) excess[M.n + j] = beyond_rounding(C[j], sums[M.n + j]);
   return approximate_cholesky(M.n + M.m, edges, excess);
+}
+
+void block_step(const SparsePlan& M, const std::vector<double>& R, const std::vector<double>& C,
+                const std::vector<double>& u, const std::vector<double>& v, std::vector<double>& xi,
+                std::vector<double>& zeta) {
+  zeta = v;
+  for (int64_t i = 0; i < M.n; ++i)
+    for (int64_t e = M.row_start[i]; e < M.row_start[i + 1]; ++e) zeta[M.column[e]] -= M.value[e] * xi[i];
+  for (int64_t j = 0; j < M.m; ++j) zeta[j] /= C[j];
+  for (int64_t i = 0; i < M.n; ++i) {
+    double product = 0;
+    for (int64_t e = M.row_start[i]; e < M.row_start[i + 1]; ++e) product += M.value[e] * zeta[M.column[e]];
+    xi[i] = (u[i] - product) / R[i];
+  }
 }
 
 CgReport solve_whole(const SparsePlan& M, const std::vector<double>& R, const std::vector<double>& C,

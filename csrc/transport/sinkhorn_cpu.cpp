@@ -30,7 +30,8 @@ class Sinkhorn {
       for (;;) {
         dual.set_eps(eps);
         const bool last = last_level(dual);
-        p = dual.at(std::move(start));
+        const bool cold = std::all_of(start.begin(), start.end(), [](double value) { return value == 0; });
+        p = dual.at(cold ? dual.cold_start() : std::move(start));
         outcome_.status = level(dual, p, last ? options_.tol : 0.05);
         if (last || (outcome_.status != Status::converged && outcome_.status != Status::stalled)) break;
         start = std::move(p.g);
@@ -60,8 +61,13 @@ class Sinkhorn {
     double best = p.error;
     int64_t since_best = 0;
     Dual::Point begun_at;  // where the relaxation was raised
+    double courage = 1;    // what is left of the best relaxation after it failed
     for (;;) {
       if (!p.finite) return Status::overflow;
+      if (p.error <= tol && relaxation != 1) {  // rows or columns should be exact, not both nearly
+        p = dual.at(std::move(p.g));
+        if (p.error > tol) relaxation = 1, plain = 0;
+      }
       if (p.error <= tol) return Status::converged;
       if (relaxation == 1 && proves_infeasible(problem_, p.value)) return Status::infeasible;
       if (static_cast<int64_t>(outcome_.history.size()) >= options_.max_iter) return Status::max_iter;
@@ -82,7 +88,8 @@ class Sinkhorn {
       const size_t k = errors.size();
       if (relaxation > 1 && !(p.error < 10 * begun_at.error)) {  // it does not converge from here: take it back
         relaxation = 1;
-        plain = -10 * measured;
+        plain = 0;
+        courage *= 0.7;
         p = begun_at;
         continue;
       }
@@ -93,13 +100,16 @@ class Sinkhorn {
         if (!steady && plain < 10 * measured) continue;
         const double rate = std::clamp(std::pow(late, 0.2), 0.0, 0.99999);
         if (rate > 0.3) {
-          relaxation = 2 / (1 + std::sqrt(1 - rate));
+          relaxation = 1 + courage * (2 / (1 + std::sqrt(1 - rate)) - 1);
           relaxed = 0;
           begun_at = p;
         }
         plain = 0;
-      } else if (++relaxed > 30 && relaxed % 10 == 0) {
-        const double promised = std::pow(relaxation - 1, 10), seen = errors[k - 1] / errors[k - 11];
+      } else {
+        // The error first rises, for a time that grows like 1 / (2 - w), before it falls.
+        const int window = 10 + static_cast<int>(2 / (2 - relaxation));
+        if (++relaxed < 4 * window || relaxed % window != 0) continue;
+        const double promised = std::pow(relaxation - 1, window), seen = errors[k - 1] / errors[k - 1 - window];
         if (seen > std::sqrt(promised)) {
           relaxation = 1;
           plain = 0;

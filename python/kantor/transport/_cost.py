@@ -134,6 +134,8 @@ class Cost:
                 with torch.no_grad():
                     tile = self.tile(first, min(n, first + step))
                 least, most = (float(t) for t in torch.aminmax(tile))
+                if least == -math.inf:
+                    return least, most, infinite
                 if math.isinf(most):
                     infinite = True
                     finite = tile[torch.isfinite(tile)]

@@ -82,8 +82,8 @@ def run(
         low, high, forbidden = part.extent()
         if eps < 1e-14 * (high - low):
             raise ValueError(
-                f"transport: reg: expected 0, or at least 1e-14 of the range of the cost ({high - low:.3g}), below which "
-                f"exponents have no digits left; got {eps:.3g}"
+                f"transport: reg: expected 0, or at least 1e-14 of the range of the cost ({high - low:.3g}), below "
+                f"which exponents have no digits left; got {eps:.3g}"
             )
         numbers = [eps, *rho, float(relative), low, high, float(forbidden)]
         tasks.append((tuple(part.encode()), a_part.contiguous(), b_part.contiguous(), numbers, f, g))
@@ -301,7 +301,7 @@ def _solve_forward(P: Tensor, R: Tensor, K: Tensor, u: Tensor, v: Tensor, singul
     xi, zeta = torch.empty(count, n, dtype=torch.float64), torch.empty(count, m, dtype=torch.float64)
     for k in range(count):
         plan, rows, columns, u_k, v_k = (t[k].contiguous() for t in host)
-        if not bool((torch.isfinite(u_k).all() & torch.isfinite(v_k).all() & torch.isfinite(plan).all())):
+        if not bool(torch.isfinite(u_k).all() & torch.isfinite(v_k).all() & torch.isfinite(plan).all()):
             xi[k], zeta[k] = math.nan, math.nan
             continue
         # Relative to the lighter of row and column: a point of little mass has derivatives like any other.
@@ -322,9 +322,6 @@ def _solve_forward(P: Tensor, R: Tensor, K: Tensor, u: Tensor, v: Tensor, singul
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # The residual is a sum over all points; a step of the block iteration makes the light ones exact too.
-        zeta[k] = (v_k - xi[k] @ plan) / columns
-        xi[k] = (u_k - plan @ zeta[k]) / rows
         if singular:
             xi[k], zeta[k] = _orthogonal(xi[k], zeta[k])
     shape = u.shape[:-1] if u.ndim > len(lead) else lead

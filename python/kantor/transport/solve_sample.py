@@ -191,7 +191,7 @@ def _coarse_start(
     part = cost.select(rows, columns)
     if part.matrix is None and part.function is not None:
         return None  # a function's cost is the user's time
-    rough = {**options, "tol": 1e-3}
+    rough = {**options, "tol": 1e-3, "interrupt": "raise"}  # nothing is worth returning yet
     f, _, _, _ = run_points("solve_sample", part, a_small, b_small, eps, rho, "newton", None, rough, None, False)
     f = torch.where(torch.isfinite(f), f, 0.0).cpu()
     wide = cost.select(rows, None)
