@@ -148,6 +148,7 @@ Task read_task(const py::tuple& source) {
   task.numbers = source[3].cast<std::vector<double>>();
   require(task.numbers.size() == 7, "transport: a problem has seven numbers");
   const int64_t n = task.cost.layout.at(1), m = task.cost.layout.at(2);
+  require(n > 0 && m > 0, "transport: a problem needs a row and a column of positive mass");
   task.a = doubles(source[1].cast<Tensor>(), n, "a");
   task.b = doubles(source[2].cast<Tensor>(), m, "b");
   task.f = doubles(source[4].cast<Tensor>(), n, "f");

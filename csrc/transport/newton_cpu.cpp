@@ -18,7 +18,6 @@ constexpr double level_tol = 0.05;      // of intermediate levels
 constexpr double dropped_share = 1e-2;  // of the error: mass that the sparse plan may lack
 constexpr double machine_floor = 1e-12;
 constexpr double linear_share = 0.9;      // of the slope: F gained so much over a step that its curvature hardly shows
-constexpr double rounding_level = 1e-8;   // an error below it may be all that eps allows
 constexpr int64_t steps_of_a_level = 25;  // Newton steps after which a level is taken to have begun too far away
 constexpr int most_tightened = 4;
 constexpr int64_t patience = 40;  // steps without progress before a level is given up
@@ -49,7 +48,7 @@ class Newton {
         const bool last = dual_.eps() <= problem_.eps;
         const size_t before = outcome_.history.size();
         status = level(p, last ? options_.tol : tol_of_levels_);
-        if (status == Status::stalled && p.error > rounding_level && tightened_ < most_tightened &&
+        if (status == Status::stalled && p.error > rounding_level() && tightened_ < most_tightened &&
             dual_.eps() < highest()) {
           // Parts of the plan have drifted apart: back to where they are connected, and down again more exactly.
           ++tightened_;
@@ -86,6 +85,11 @@ class Newton {
       dual_.set_eps(problem_.eps);
       best = dual_.at(std::move(best.g));
     }
+    if (outcome_.status != Status::converged && least_error_ < best.error) {
+      Dual::Point least = dual_.at(std::move(least_g_));
+      if (least.error < best.error || !best.finite) best = std::move(least);
+    }
+    if (outcome_.status == Status::converged && !(best.error <= options_.tol)) outcome_.status = Status::stalled;
     std::copy(best.f.begin(), best.f.end(), f);
     std::copy(best.g.begin(), best.g.end(), g);
     outcome_.error = best.error;
@@ -106,7 +110,8 @@ class Newton {
     if (dual_.contraction() < 0.7) return p;
     if (options_.sinkhorn_first && problem_.eps >= 2e-3 * range) {
       std::vector<double> errors{p.error};
-      for (int sweep = 1; sweep <= 60 && p.finite && p.error > options_.tol; ++sweep) {
+      for (int64_t sweep = 1; sweep <= std::min<int64_t>(60, options_.max_iter) && p.finite && p.error > options_.tol;
+           ++sweep) {
         p = dual_.at(dual_.sinkhorn_step(p));
         current_ = p.g;
         status = progress_.note(dual_.eps(), p.error, Step::sinkhorn);
@@ -141,6 +146,11 @@ class Newton {
     return ahead.finite && ahead.value > start.value ? ahead : start;
   }
 
+  // An error below it may be all that the digits of (f + g - C) / eps allow.
+  double rounding_level() const {
+    return std::max(1e-8, 2e-15 * std::max(std::abs(problem_.cost_high), std::abs(problem_.cost_low)) / dual_.eps());
+  }
+
   double highest() const {
     return options_.first_eps > 0 ? options_.first_eps : 0.1 * (problem_.cost_high - problem_.cost_low);
   }
@@ -157,6 +167,10 @@ class Newton {
     for (;;) {
       current_ = p.g;
       if (!p.finite) return Status::overflow;
+      if (last && p.error < least_error_) {
+        least_error_ = p.error;
+        least_g_ = p.g;
+      }
       if (p.error <= tol) return Status::converged;
       if (proves_infeasible(problem_, p.value)) return Status::infeasible;
       if (outcome_.newton_steps >= options_.max_iter ||
@@ -169,7 +183,7 @@ class Newton {
       } else if (++since_best > (p.error < machine_floor ? 3 : patience)) {
         return Status::stalled;
       }
-      if (p.error > rounding_level && tightened_ < most_tightened && dual_.eps() < highest() &&
+      if (p.error > rounding_level() && tightened_ < most_tightened && dual_.eps() < highest() &&
           outcome_.newton_steps - steps_before > steps_of_a_level)
         return Status::stalled;
       const double before = p.error;
@@ -362,6 +376,8 @@ class Newton {
   std::vector<double> current_;  // for an interrupt in the middle of a pass
   std::vector<double> previous_end_;
   double previous_eps_ = 0, last_eps_ = 0;
+  std::vector<double> least_g_;  // the point of least error at the final eps
+  double least_error_ = unlimited;
   int tightened_ = 0;  // how often the levels were begun again
   double radius_ = 8, ridge_ = 1e-9, tol_of_levels_ = level_tol;
   bool prefer_factor_ = false;

@@ -86,7 +86,7 @@ class Sinkhorn {
 
       // What follows only chooses the relaxation.
       const size_t k = errors.size();
-      if (relaxation > 1 && !(p.error < 10 * begun_at.error)) {  // it does not converge from here: take it back
+      if (relaxation > 1 && !(p.error < 1e3 * begun_at.error)) {  // it does not converge from here: take it back
         relaxation = 1;
         plain = 0;
         courage *= 0.7;

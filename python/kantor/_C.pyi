@@ -3,7 +3,7 @@
 # Tensors are contiguous; results are written into tensors that the caller made. `threads` counts CPU threads.
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from torch import Tensor
 
@@ -113,10 +113,11 @@ def ic0_solve(
     operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, work: Tensor, z: Tensor, threads: int
 ) -> None: ...
 
-# --- transport: a cost is (operands, layout, power, fill), as csrc/bind/transport.cpp says; vectors are float64, CPU ---
+# --- transport: a cost is (operands, layout, power, fill): csrc/bind/transport.cpp; vectors are float64, on the CPU ---
 
-_Cost = tuple[Sequence[Tensor], Sequence[int], float, Callable[[int, int], None] | None]
-_Task = tuple[_Cost, Tensor, Tensor, Sequence[float], Tensor, Tensor]
+_Fill: TypeAlias = Callable[[int, int], None]
+_Cost: TypeAlias = tuple[Sequence[Tensor], Sequence[int], float, _Fill | None]
+_Task: TypeAlias = tuple[_Cost, Tensor, Tensor, Sequence[float], Tensor, Tensor]
 
 def transport_workspace_bytes(n: int, m: int) -> int: ...  # device memory behind a cost; 0 without CUDA code
 def transport_solve(

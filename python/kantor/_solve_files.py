@@ -83,7 +83,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_is_file(path: Path) -> None:
+def check_is_file(path: Path) -> None:
+    """Raise :class:`BadInputError` unless ``path`` is a file that may be read."""
     if path.is_dir():
         raise BadInputError(f"{path}: is a folder; expected a file")
     if not path.is_file():
@@ -93,7 +94,7 @@ def _check_is_file(path: Path) -> None:
 
 
 def _read_matrix(path: Path) -> CSR:
-    _check_is_file(path)
+    check_is_file(path)
     try:
         _check_header(path)
         A = CSR.from_mtx(path)
@@ -133,7 +134,7 @@ def _check_header(path: Path) -> None:
 
 def _read_rhs(path: Path, n: int) -> Array:
     """Return the file's array as float64, of shape (n,), (n, 1), (1, n) or (n, k)."""
-    _check_is_file(path)
+    check_is_file(path)
     try:
         array = np.asarray(_load(path))
     except (ValueError, TypeError, OSError, EOFError, MemoryError) as error:

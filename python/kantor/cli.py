@@ -1,4 +1,4 @@
-"""The command ``kantor``: ``kantor info``, ``kantor solve`` and ``kantor demo`` (extra ``cli``).
+"""The command ``kantor``: ``info``, ``solve``, ``transport`` and ``demo`` (extra ``cli``).
 
 Exit codes: 0 solved, 1 not solved, 2 bad input (one message on stderr, no traceback), 130 interrupted.
 """
@@ -6,24 +6,33 @@ Exit codes: 0 solved, 1 not solved, 2 bad input (one message on stderr, no trace
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shlex
 import sys
 import time
 import warnings
 import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 import kantor
 from kantor import _C, KantorError
+from kantor._command_line import (
+    BAD_INPUT,
+    INTERRUPTED,
+    NOT_SOLVED,
+    PLOT_SUFFIXES,
+    Precision,
+    finite,
+    one_message,
+    print_rows,
+    progress,
+    scientific,
+)
 from kantor._progress import log_fraction
 from kantor._solve_files import BadInputError, System, check_output, read_system, write_solution
 from kantor.linalg import CSR, LinearOperator, SolveResult, SolveStatus, cg, ic0, jacobi
@@ -33,19 +42,15 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
+
+    from kantor._transport_command import transport
 except ImportError as error:
     _missing: str | None = error.name
 else:
     _missing = None
 
-NOT_SOLVED: Final = 1
-BAD_INPUT: Final = 2
-INTERRUPTED: Final = 130  # the shell's convention for a process ended by SIGINT
-
 _TINY = 64  # unknowns up to which a preconditioner cannot pay for its own set-up
-_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 class Preconditioner(StrEnum):
@@ -55,13 +60,6 @@ class Preconditioner(StrEnum):
     none = "none"
     jacobi = "jacobi"
     ic0 = "ic0"
-
-
-class Precision(StrEnum):
-    """Choices of ``--dtype``."""
-
-    float64 = "float64"
-    float32 = "float32"
 
 
 class Size(StrEnum):
@@ -88,7 +86,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_version)
-    for command in (info, solve, demo):
+    for command in (info, solve, transport, demo):
         app.command()(command)
     return app
 
@@ -105,19 +103,6 @@ def _version(
     ] = False,
 ) -> None:
     """Declare the options of ``kantor`` itself; the work is done in their callbacks."""
-
-
-@contextmanager
-def _one_message(command: str) -> Iterator[None]:
-    """Turn what is wrong with the input into one message and exit code 2, and Ctrl-C into exit code 130."""
-    try:
-        yield
-    except (BadInputError, ImportError, OSError) as error:
-        print(f"kantor {command}: {error}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from error
-    except KeyboardInterrupt as error:
-        print(f"kantor {command}: interrupted", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from error
 
 
 # kantor info -------------------------------------------------------------------------------------------------------
@@ -174,11 +159,11 @@ def solve(
 
     Exit codes: 0 solved, 1 not solved, 2 bad input, 130 interrupted (x so far is written where -o is given).
     """
-    with _one_message("solve"):
+    with one_message("solve"):
         if output is not None:
             check_output(output, inputs=[matrix, rhs])
         if plot is not None:
-            check_output(plot, _PLOT_SUFFIXES, inputs=[matrix, rhs, output])
+            check_output(plot, PLOT_SUFFIXES, inputs=[matrix, rhs, output])
             new_axes()  # a missing matplotlib shows now, not after the solve
         if threads is not None:
             torch.set_num_threads(threads)
@@ -244,39 +229,27 @@ def _because(failures: dict[str, str]) -> str:
 def _run_cg(
     system: System, M: LinearOperator | None, rtol: float, atol: float, maxiter: int | None, *, show_progress: bool
 ) -> SolveResult:
-    console = Console(stderr=True)
-    with _progress(console, enabled=show_progress and console.is_terminal) as show, warnings.catch_warnings():
+    with progress("cg", enabled=show_progress) as update, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the outcome is printed below, with what to try
-        target = max(rtol * float(system.b.double().norm(dim=-1).max()), atol)
-        callback = None if show is None else lambda step: show(step.iteration, step.residual_norm, target)
+        initial = float(system.b.double().norm(dim=-1).max())
+        target = max(rtol * initial, atol)
+
+        def show(step: Any) -> None:
+            assert update is not None
+            update(
+                lambda: (
+                    log_fraction(initial, step.residual_norm, target),
+                    f"iteration {step.iteration:,}, residual {step.residual_norm:.1e}",
+                )
+            )
+
+        callback = None if update is None else show
         try:
             return cg(
                 system.A, system.b, M=M, rtol=rtol, atol=atol, maxiter=maxiter, callback=callback, interrupt="return"
             )
         except (ValueError, KantorError) as error:
             raise BadInputError(str(error)) from error
-
-
-@contextmanager
-def _progress(console: Console, *, enabled: bool) -> Iterator[Callable[[int, float, float], None] | None]:
-    """Yield an update function that draws the share of the requested digits gained, or None when disabled."""
-    if not enabled:
-        yield None
-        return
-    columns = (TextColumn("cg"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("cg", total=1.0, text="")
-        initial, drawn, gained = 0.0, 0.0, 0.0
-
-        def show(iteration: int, residual: float, target: float) -> None:
-            nonlocal initial, drawn, gained
-            initial = initial or residual
-            if time.perf_counter() - drawn >= 0.1:
-                drawn = time.perf_counter()
-                gained = max(gained, log_fraction(initial, residual, target))
-                bar.update(task, completed=gained, text=f"iteration {iteration:,}, residual {residual:.1e}")
-
-        yield show
 
 
 def _outcome(system: System, result: SolveResult) -> dict[str, Any]:
@@ -291,24 +264,19 @@ def _outcome(system: System, result: SolveResult) -> dict[str, Any]:
         "converged": result.converged,
         "message": result.message,
         "iterations": result.iterations,
-        "residual_norm": _finite(result.residual_norm),
-        "relative_residual": _finite(result.relative_residual),
+        "residual_norm": finite(result.residual_norm),
+        "relative_residual": finite(result.relative_residual),
         "curvature": result.curvature,
         "seconds": result.seconds,
     }
     if len(result.per_system_status) > 1:
         outcome["per_system"] = [
-            {"status": str(status), "iterations": int(count), "residual_norm": _finite(float(norm))}
+            {"status": str(status), "iterations": int(count), "residual_norm": finite(float(norm))}
             for status, count, norm in zip(
                 result.per_system_status, result.per_system_iterations, result.per_system_residual_norm, strict=True
             )
         ]
     return outcome
-
-
-def _finite(value: float) -> float | None:
-    """Return None for NaN and infinity, which JSON does not know."""
-    return value if math.isfinite(value) else None
 
 
 def _print_outcome(outcome: dict[str, Any]) -> None:
@@ -321,8 +289,8 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
         "preconditioner": outcome["preconditioner"] + note,
         "status": outcome["status"].replace("_", " "),
         "iterations": f"{outcome['iterations']:,}",
-        "|b - Ax|": _scientific(outcome["residual_norm"]),
-        "|b - Ax| / |b|": _scientific(outcome["relative_residual"]),
+        "|b - Ax|": scientific(outcome["residual_norm"]),
+        "|b - Ax| / |b|": scientific(outcome["relative_residual"]),
         "seconds": f"{outcome['seconds']:.3f} (reading {outcome['seconds_read']:.3f}, "
         f"preconditioner {outcome['seconds_preconditioner']:.3f})",
     }
@@ -331,16 +299,7 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
     if outcome["curvature"] is not None:
         rows["curvature d'Ad / d'd"] = f"{outcome['curvature']:.6g}"
     rows |= {name: outcome[name] for name in ("output", "plot") if outcome[name] is not None}
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(escape(name), escape(str(value)))
-    Console().print(table)
-
-
-def _scientific(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3e}"
+    print_rows(rows)
 
 
 def _advice(result: SolveResult, preconditioner: Preconditioner) -> str:
@@ -371,7 +330,7 @@ def demo(
     from kantor.demo import STATIONS, write_page
 
     console = Console()
-    with _one_message("demo"):
+    with one_message("demo"):
         names = [station.name for station in STATIONS]
         if unknown := sorted(set(only or []) - set(names)):
             raise BadInputError(f"--only {unknown[0]}: no such station; there are {', '.join(names)}")

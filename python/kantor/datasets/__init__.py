@@ -1,5 +1,26 @@
 """Problems and small data that tests, benchmarks, documentation and demo share."""
 
 from kantor.datasets.minimization import MinimizationProblem, minimization_problems
+from kantor.datasets.transport import (
+    colour_clouds,
+    digit_clouds,
+    image_pair_l1,
+    image_pair_l2,
+    mixture_1d,
+    point_clouds,
+    random_assignment,
+    transport_problems,
+)
 
-__all__ = ["MinimizationProblem", "minimization_problems"]
+__all__ = [
+    "MinimizationProblem",
+    "colour_clouds",
+    "digit_clouds",
+    "image_pair_l1",
+    "image_pair_l2",
+    "minimization_problems",
+    "mixture_1d",
+    "point_clouds",
+    "random_assignment",
+    "transport_problems",
+]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kantor import _C
 from kantor._ops import backend
@@ -18,6 +19,18 @@ KINDS = {"sqeuclidean": SQEUCLIDEAN, "euclidean": EUCLIDEAN, "l1": LP, "lp": LP,
 _TILE_ENTRIES = 1 << 21  # of a tile computed by a function
 
 TileFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def is_tracked(*tensors: Tensor) -> bool:
+    """Whether derivatives, of whatever mode, are being taken with respect to one of them."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors) if _levels() else False
+
+
+def _levels() -> bool:
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 class Encoded(NamedTuple):

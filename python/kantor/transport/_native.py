@@ -34,7 +34,13 @@ _FIELDS = (
     "status", "newton_steps", "passes", "solves", "cg_iterations", "factorisations", "negative_curvature",
     "most_entries", "error", "dual",
 )  # fmt: skip
-HISTORY_LENGTH = 2048  # steps kept; longer histories are thinned
+
+
+def history_length(count: int) -> int:
+    """Steps kept of each of `count` problems; longer histories are thinned."""
+    return max(32, min(2048, 2**17 // max(count, 1)))
+
+
 INTERRUPTED = 5
 
 
@@ -80,6 +86,10 @@ def run(
             g.copy_(start_k if columns is None else start_k[columns])
             g.nan_to_num_(0.0, 0.0, 0.0)
         low, high, forbidden = part.extent()
+        if start_k is not None and hard:  # whatever it is, the start is a potential of this problem
+            g -= (b_part * g.clamp(-1e300, 1e300)).sum()
+            reach = 2 * (high - low) + 1000 * eps
+            g.clamp_(-reach, reach)
         if eps < 1e-14 * (high - low):
             raise ValueError(
                 f"transport: reg: expected 0, or at least 1e-14 of the range of the cost ({high - low:.3g}), below "
@@ -95,13 +105,14 @@ def run(
     if not current.return_on_interrupt and any(outcome["status"] == INTERRUPTED for outcome in outcomes):
         raise KeyboardInterrupt
     info = torch.zeros(len(tasks), COUNT + 1, dtype=torch.float64)
-    history = torch.zeros(len(tasks), 4, HISTORY_LENGTH, dtype=torch.float64)
+    length = history_length(len(tasks))
+    history = torch.zeros(len(tasks), 4, length, dtype=torch.float64)
     fs, gs = [], []
     for k, (outcome, (rows, columns), task) in enumerate(zip(outcomes, kept, tasks, strict=True)):
         info[k, : len(_FIELDS)] = torch.tensor([float(outcome[name]) for name in _FIELDS], dtype=torch.float64)
         table = np.stack([outcome[name] for name in ("seconds", "eps", "errors", "steps")])
         info[k, STEPS] = table.shape[1]
-        stride = -(-table.shape[1] // HISTORY_LENGTH) or 1
+        stride = -(-table.shape[1] // length) or 1
         table = table[:, ::-1][:, ::stride][:, ::-1].copy()  # the last step is always there
         info[k, SECONDS], info[k, COUNT] = seconds, table.shape[1]
         history[k, :, : table.shape[1]] = torch.from_numpy(table)
@@ -180,7 +191,7 @@ def _potentials_forward(
 def _potentials_fake(C: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead, (n, m) = C.shape[:-2], C.shape[-2:]
     info = torch.empty(*lead, COUNT + 1, dtype=torch.float64)
-    history = torch.empty(*lead, 4, HISTORY_LENGTH, dtype=torch.float64)
+    history = torch.empty(*lead, 4, history_length(math.prod(lead)), dtype=torch.float64)
     f, g = C.new_empty(*lead, n, dtype=torch.float64), C.new_empty(*lead, m, dtype=torch.float64)
     return f, g, info, history
 

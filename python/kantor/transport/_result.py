@@ -14,7 +14,7 @@ from torch import Tensor
 from kantor._errors import ConvergenceError
 from kantor._ops import backend
 from kantor._result import Status
-from kantor.transport._cost import Cost
+from kantor.transport._cost import Cost, is_tracked
 from kantor.transport._native import plan_of
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class TransportResult:
         tensors = [*self.potentials, self.eps]
         if isinstance(self.cost, Cost):
             tensors += [t for t in (self.cost.matrix, self.cost.x, self.cost.y) if t is not None]
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return is_tracked(*tensors)
 
     def _host_potentials(self) -> tuple[Tensor, Tensor]:
         f, g = self.potentials

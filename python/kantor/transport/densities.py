@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kantor._checks import check_finite, check_float, check_same, check_tensor
 from kantor.transport._result import TransportResult
-from kantor.transport.one_dimensional import check_masses, wasserstein_1d
+from kantor.transport.one_dimensional import check_exponent, check_masses, wasserstein_1d
 from kantor.transport.solve_sample import solve_sample
 
 _COSTS = {1: "euclidean", 2: "sqeuclidean"}
@@ -28,12 +28,13 @@ class DensityDistance:
     distance : Tensor ()
         ``W_p``, float64; differentiable with respect to the densities.
     lower_bound : float
-        What W_p is at least, from a feasible point of the dual; `distance` is an upper bound, being that of a feasible plan.
-        Equal to `distance` up to rounding on 1-D grids, NaN with ``reg > 0``.
+        What W_p is at least, from a feasible point of the dual; `distance` is an upper bound, being that of a feasible
+        plan. Equal to `distance` up to rounding on 1-D grids, NaN with ``reg > 0``.
     p : float
         Exponent.
     transport : TransportResult or None
-        Plan and potentials between the cells that hold mass, in row-major order; None on 1-D grids, which need no solver.
+        Plan and potentials between the cells that hold mass, in row-major order; None on 1-D grids, which need no
+        solver.
     """
 
     distance: Tensor
@@ -74,8 +75,9 @@ def wasserstein(
     spacing : float or sequence of floats
         Distance of neighbouring cells, or one for each axis.
     reg : float
-        Entropic regularisation, in units of the cost. 0 for the distance itself, to about 1e-4 of its value, between two
-        certified bounds. Positive: the cost of the entropic plan, which is larger. 1-D grids are exact whatever it is.
+        Entropic regularisation, in units of the cost. 0 for the distance itself: that of a feasible plan, with a lower
+        bound that certifies it. Positive: the cost of the entropic plan, which is larger. 1-D grids are exact whatever
+        it is.
     tol : float
         L1 error of the marginals, relative to the mass, at which to stop.
     normalize : bool
@@ -86,14 +88,14 @@ def wasserstein(
     Returns
     -------
     DensityDistance
-        ``distance``, ``lower_bound`` and ``transport``; ``float(result)`` is the distance. It scales with the 1/p-th power
-        of the mass.
+        ``distance``, ``lower_bound`` and ``transport``; ``float(result)`` is the distance. It scales with the 1/p-th
+        power of the mass.
 
     Raises
     ------
     ValueError
-        Shapes that differ or of more than three dimensions, negative mass, NaN, no mass, masses that differ, a spacing that
-        is not positive, another p.
+        Shapes that differ or of more than three dimensions, negative mass, NaN, no mass, masses that differ, a spacing
+        that is not positive, another p.
     TypeError
         Not a tensor; an integer dtype; mixed dtypes.
 
@@ -104,9 +106,10 @@ def wasserstein(
 
     Notes
     -----
-    Memory O(cells). Derivatives with respect to the masses are the potentials of the dual (with ``reg=0`` those of the last
-    regularisation, 1e-5 of the range of the cost), up to a constant: only directions that keep the masses equal have a
-    meaning. Cells without mass take no part and get derivative 0. At distance 0 the derivative is 0. Deterministic.
+    Memory O(cells). Derivatives with respect to the masses are the potentials of the dual (with ``reg=0`` those of the
+    last regularisation, 1e-5 of the range of the cost), up to a constant: only directions that keep the masses equal
+    have a meaning. Cells without mass take no part and get derivative 0. At distance 0 the derivative is 0.
+    Deterministic.
 
     Examples
     --------
@@ -117,10 +120,9 @@ def wasserstein(
     tensor(2.1213, dtype=torch.float64)
     """
     call = "wasserstein"
+    check_exponent(call, p)
     a, b = _densities(call, a, b, normalize)
     steps = _steps(call, spacing, a.ndim)
-    if isinstance(reg, Tensor):
-        reg = float(reg.detach())
     if not isinstance(reg, int | float | np.floating) or not 0 <= reg < math.inf:
         raise ValueError(f"{call}: reg: expected a finite number >= 0, got {reg!r}")
     if a.ndim == 1:
@@ -151,7 +153,8 @@ def _densities(call: str, a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor
         check_float(check_tensor(density, call, name), call, name)
         if density.ndim not in (1, 2, 3) or density.numel() == 0:
             raise ValueError(
-                f"{call}: {name}: expected a 1-D, 2-D or 3-D grid with at least one cell, got shape {tuple(density.shape)}"
+                f"{call}: {name}: expected a 1-D, 2-D or 3-D grid with at least one cell, got shape "
+                f"{tuple(density.shape)}"
             )
     check_same(call, [("a", a), ("b", b)])
     if a.shape != b.shape:

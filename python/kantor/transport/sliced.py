@@ -28,8 +28,8 @@ def sliced_wasserstein(
 ) -> Tensor:
     """Sliced Wasserstein distance between two weighted samples.
 
-    ``SW_p = (mean over unit directions t of W_p(<X, t>, <Y, t>)^p)^(1/p)``, the mean over the sphere estimated with random
-    directions. One line costs O((n + m) log(n + m)), so that large samples in high dimensions are cheap.
+    ``SW_p = (mean over unit directions t of W_p(<X, t>, <Y, t>)^p)^(1/p)``, the mean over the sphere estimated with
+    random directions. One line costs O((n + m) log(n + m)), so that large samples in high dimensions are cheap.
 
     Parameters
     ----------
@@ -51,14 +51,14 @@ def sliced_wasserstein(
     Returns
     -------
     Tensor ()
-        In the dtype of X; differentiable with respect to X, Y, a, b and `directions`. At equal samples, where SW_p has a
-        kink, its derivative is zero.
+        In the dtype of X; differentiable with respect to X, Y, a, b and `directions`. At equal samples, where SW_p has
+        a kink, its derivative is zero.
 
     Raises
     ------
     ValueError
-        Wrong shapes, an empty sample, NaN or infinity, negative weights, masses that differ, p out of range, a direction of
-        length zero.
+        Wrong shapes, an empty sample, NaN or infinity, negative weights, masses that differ, p out of range, a
+        direction of length zero.
     TypeError
         Not a tensor; an integer dtype; mixed dtypes.
 
@@ -129,7 +129,9 @@ def _random(like: Tensor, count: int, generator: torch.Generator | None) -> Tens
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     normal = torch.randn(count, like.shape[1], generator=generator, device=generator.device, dtype=torch.float64)
-    return torch.nn.functional.normalize(normal, dim=-1).to(like.device, like.dtype)
+    lengths = torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
+    unit: Tensor = normal / lengths
+    return unit.to(like.device, like.dtype)
 
 
 def _normalised(call: str, directions: Tensor, dimension: int) -> Tensor:
@@ -142,7 +144,8 @@ def _normalised(call: str, directions: Tensor, dimension: int) -> Tensor:
     zero = (lengths == 0).flatten()
     if bool(zero.any()):
         raise ValueError(f"{call}: directions: expected nonzero vectors, got zeros in row {int(zero.nonzero()[0])}")
-    return directions / lengths
+    unit: Tensor = directions / lengths
+    return unit
 
 
 __all__ = ["sliced_wasserstein"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,11 +172,11 @@ def solve(
     rho = _strengths(call, unbalanced)
     if C.ndim == 3 and (callback is not None or progress):
         raise ValueError(f"{call}: callback and progress: expected one problem, got a batch")
-    readable = is_readable(C) and is_readable(a) and is_readable(b)
     eps = _regularisation(call, reg)
+    readable = all(is_readable(t) for t in (C, a, b, eps))
     if readable:
         _check_problem(call, Cost.dense(C.detach().reshape(-1, m)), C, a, b, rho)
-    exact = is_readable(eps) and float(eps.detach()) == 0
+    exact = readable and float(eps.detach()) == 0
     if exact:
         eps = _exact_reg(call, C, rho)
     chosen = "newton" if method == "auto" else method
@@ -184,7 +185,8 @@ def solve(
     if grad == "none":
         C, a, b, eps = C.detach(), a.detach(), b.detach(), eps.detach()
     numbers = _numbers(chosen, options, n * m)
-    with _monitored(callback, progress, tol, interrupt):
+    # Hooks cannot be traced; there is nothing to report to.
+    with _monitored(callback, progress, tol, interrupt) if readable else nullcontext():
         f, g, info, history = transport_potentials(
             C, a, b, eps.to(C.device), start, *rho, reg_type == "kl", chosen, numbers
         )
@@ -304,8 +306,11 @@ def _check_problem(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor
                 f"{call}: {name}: expected weights >= 0, got {values[tuple(where)].item()} at "
                 f"{where[0] if len(where) == 1 else tuple(where)}"
             )
-        if not bool((values.sum(-1) > 0).all()):
+        total = values.double().sum(-1)
+        if not bool((total > 0).all()):
             raise ValueError(f"{call}: {name}: expected weights with a positive sum, got zeros")
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(f"{call}: {name}: expected weights with a finite sum, got infinity; scale them down")
     low, _, infinite = cost.extent()
     if math.isnan(low) or low == -math.inf:
         kind = "NaN" if math.isnan(low) else "-inf"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kantor._checks import check_finite, check_float, check_same, check_tensor, is_readable
 from kantor._ops import backend
-from kantor.transport._cost import SQEUCLIDEAN, Cost, TileFunction, check_cost_name
+from kantor.transport._cost import SQEUCLIDEAN, Cost, TileFunction, check_cost_name, is_tracked
 from kantor.transport._native import plan_of
 from kantor.transport._result import TransportResult
 from kantor.transport._value import dual_value, weight_gradient
@@ -124,7 +124,7 @@ def solve_sample(
         "reg_type": reg_type, "tol": tol, "max_iter": max_iter, "warm_up": warm_up, "density": density,
         "relaxation": relaxation, "interrupt": interrupt, "eps_scaling": False,
     }  # fmt: skip
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (X, Y, a, b, eps))
+    tracked = is_tracked(X, Y, a, b, eps)
     if (tracked and n * m * X.shape[1] <= _DENSE_NUMBERS) or not is_readable(X):
         problem = Cost.points(X, Y, cost, p)
         options.pop("eps_scaling")

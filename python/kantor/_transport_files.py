@@ -1,0 +1,234 @@
+"""Images, points, costs and weights read from files and outcomes written to files, for ``kantor transport``.
+
+Everything that can be wrong with a file ends in one :class:`BadInputError` whose message names the file, what was
+expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from kantor._solve_files import BadInputError, check_is_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Array = NDArray[np.float64]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+POINT_SUFFIXES = (".npy", ".csv")
+PLAN_SUFFIXES = (".npz",)
+MAP_SUFFIXES = (".npy", ".csv")
+
+
+def kind_of(path: Path) -> Literal["image", "points"]:
+    """Tell by its suffix what a file holds.
+
+    Raises
+    ------
+    BadInputError
+        Another suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in POINT_SUFFIXES:
+        return "points"
+    raise BadInputError(
+        f"{path}: unknown kind of file; expected an image ({', '.join(IMAGE_SUFFIXES)}) or points "
+        f"({', '.join(POINT_SUFFIXES)})"
+    )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> Array:
+    """Read an image as numbers in [0, 1]: (h, w) for a gray file, (h, w, 3) for one with colours.
+
+    Turned upright as its camera says; transparent pixels are laid on white; of an animation the first picture.
+
+    Raises
+    ------
+    BadInputError
+        Missing, unreadable or corrupt files.
+    ImportError
+        Pillow is missing.
+    """
+    check_is_file(path)
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError('images need Pillow: pip install "kantor[cli]"') from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file)
+                picture.load()
+    except Exception as error:  # the decoders of a dozen formats raise many types; all mean an unreadable file
+        text = "cannot identify its format" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+        raise BadInputError(f"{path}: not a readable image: {text or type(error).__name__}") from error
+    if picture.mode.startswith("I;16") or picture.mode == "I":  # 16 bits of gray
+        return np.clip(np.asarray(picture, dtype=np.float64) / 65535, 0.0, 1.0)
+    if picture.mode == "F":
+        raise BadInputError(f"{path}: expected 8 or 16 bits a channel, found floating-point pixels")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+    return np.asarray(picture, dtype=np.float64) / 255
+
+
+def read_points(path: Path) -> Array:
+    """Read points (n, d) from ``.npy``, (n, d) or (n,), or ``.csv``, one point a line, with or without a header.
+
+    Raises
+    ------
+    BadInputError
+        Missing, unreadable or corrupt files; complex or non-finite numbers; no points.
+    """
+    array = _real(path, _load(path))
+    if array.ndim == 1:
+        array = array[:, None]
+    if array.ndim != 2 or 0 in array.shape:
+        raise BadInputError(f"{path}: expected n points of d numbers, shape (n, d), found shape {array.shape}")
+    return _check_values(path, array, np.isfinite(array), "finite numbers")
+
+
+def read_cost(path: Path) -> Array:
+    """Read a cost matrix (n, m) from ``.npy``; +inf forbids a pair.
+
+    Raises
+    ------
+    BadInputError
+        As for :func:`read_points`, but +inf is allowed.
+    """
+    if path.suffix.lower() != ".npy":
+        raise BadInputError(f"{path}: unknown kind of cost matrix; expected .npy")
+    array = _real(path, _load(path))
+    if array.ndim != 2 or 0 in array.shape:
+        raise BadInputError(f"{path}: expected a cost matrix, shape (n, m), found shape {array.shape}")
+    return _check_values(path, array, array > -np.inf, "numbers, or +inf for a forbidden pair")
+
+
+def read_weights(path: Path, count: int, of: str) -> Array:
+    """Read ``count`` weights >= 0 from ``.npy``, ``.csv`` or ``.txt``; ``of`` says whose they are.
+
+    Raises
+    ------
+    BadInputError
+        As for :func:`read_points`; a negative weight, another number of weights, only zeros.
+    """
+    if path.suffix.lower() not in (*POINT_SUFFIXES, ".txt"):
+        raise BadInputError(f"{path}: unknown kind of weights; expected .npy, .csv or .txt")
+    array = _real(path, _load(path))
+    if array.size != count or max(array.shape, default=1) != count:
+        raise BadInputError(f"{path}: shape {array.shape} does not fit; expected {count} weights, one for each {of}")
+    array = _check_values(path, array, np.isfinite(array) & (array >= 0), "finite weights >= 0").reshape(count)
+    if not array.any():
+        raise BadInputError(f"{path}: all weights are zero; expected a positive sum")
+    return array
+
+
+def _load(path: Path) -> Any:
+    check_is_file(path)
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty file: its shape is reported by who asked
+            delimiter = "," if suffix == ".csv" else None
+            return np.loadtxt(path, delimiter=delimiter, ndmin=2, skiprows=_header_lines(path, delimiter))
+    except (ValueError, TypeError, OSError, EOFError, MemoryError) as error:
+        raise BadInputError(f"{path}: not a readable {suffix} file: {error}") from error
+
+
+def _header_lines(path: Path, delimiter: str | None) -> int:
+    """1 where no word of the first line is a number, else 0."""
+    with path.open(encoding="utf-8-sig") as file:
+        words = [word.strip() for word in file.readline().split(delimiter)]
+
+    def is_number(word: str) -> bool:
+        try:
+            float(word)
+        except ValueError:
+            return False
+        return True
+
+    return int(any(words) and not any(map(is_number, words)))
+
+
+def _real(path: Path, loaded: Any) -> Array:
+    array = np.asarray(loaded)
+    if array.dtype.kind not in "biuf":
+        kind = "complex numbers" if array.dtype.kind == "c" else f"{array.dtype} entries"
+        raise BadInputError(f"{path}: expected real numbers, found {kind}")
+    return array.astype(np.float64)
+
+
+def _check_values(path: Path, array: Array, good: NDArray[np.bool_], expected: str) -> Array:
+    if not good.all():
+        position = tuple(int(i) for i in np.argwhere(~good)[0])
+        index = position[0] if len(position) == 1 else position
+        raise BadInputError(f"{path}: entry {index} is {array[position]}; expected {expected} (positions from 0)")
+    return array
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears whole or not at all."""
+    path = path.resolve()  # what a link points to is replaced, not the link
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_image(path: Path, image: Array) -> None:
+    """Write colours (h, w, 3) in [0, 1] with 8 bits a channel; the suffix chooses the format."""
+    from PIL import Image
+
+    pixels = np.rint(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
+    name = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
+    options: dict[str, Any] = {} if name == "PNG" else {"quality": 95}
+    with _whole(path) as file:
+        Image.fromarray(pixels).save(file, format=name, **options)
+
+
+def write_map(path: Path, images: Array) -> None:
+    """Write images of points as ``.npy`` or, all digits, as ``.csv``."""
+    write: Callable[..., None] = np.save
+    if path.suffix.lower() == ".csv":
+        digits = "%.9g" if images.dtype == np.float32 else "%.17g"
+        write = lambda file, array: np.savetxt(file, array, fmt=digits, delimiter=",")  # noqa: E731 (one of two)
+    with _whole(path) as file:
+        write(file, images)
+
+
+def write_plan(path: Path, plan: Tensor) -> None:
+    """Write a sparse CSR plan as ``.npz`` for ``scipy.sparse.load_npz``."""
+    import scipy.sparse
+
+    n, m = plan.shape
+    parts = (plan.values(), plan.col_indices(), plan.crow_indices())
+    matrix = scipy.sparse.csr_array(tuple(t.cpu().numpy() for t in parts), shape=(n, m))
+    with _whole(path) as file:
+        scipy.sparse.save_npz(file, matrix)
