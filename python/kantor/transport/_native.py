@@ -90,6 +90,10 @@ def run(
             g -= (b_part * g.clamp(-1e300, 1e300)).sum()
             reach = 2 * (high - low) + 1000 * eps
             g.clamp_(-reach, reach)
+        if start_k is not None and hard:  # whatever it is, the start is a potential of this problem
+            g -= (b_part * g.clamp(-1e300, 1e300)).sum()
+            reach = 2 * (high - low) + 1000 * eps
+            g.clamp_(-reach, reach)
         if eps < 1e-14 * (high - low):
             raise ValueError(
                 f"transport: reg: expected 0, or at least 1e-14 of the range of the cost ({high - low:.3g}), below "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -179,16 +179,33 @@ class TransportResult:
         step = self.cost.tile_rows()
         return torch.cat([self.cost.tile(first, min(n, first + step)) for first in range(0, n, step)])
 
-    @cached_property
+    @property
     def plan(self) -> Tensor:
         """The plan P (n, m), formed on first use, in the dtype of the cost; differentiable. With ``reg=0`` rounded."""
+        return self._once("_plan", self._form_plan)
+
+    def _once(self, name: str, form: Callable[[], Tensor]) -> Tensor:
+        """Keep what is formed, but not while tracing."""
+        if torch.compiler.is_compiling():
+            return form()
+        kept_before = self.__dict__.get(name)
+        # What was formed without derivatives is formed again where they are wanted.
+        if kept_before is None or (self._tracked() and not kept_before.requires_grad):
+            object.__setattr__(self, name, form())
+        kept: Tensor = self.__dict__[name]
+        return kept
+
+    def _form_plan(self) -> Tensor:
         if self.rounded is not None:
             return self.rounded.to_dense().to(self._dtype)
         return plan_of(self._dense_cost(), *self.potentials, self.eps).to(self._dtype)
 
-    @cached_property
+    @property
     def value_linear(self) -> Tensor:
         """``<P, C>``, float64; differentiable where the plan is."""
+        return self._once("_value_linear", self._form_value_linear)
+
+    def _form_value_linear(self) -> Tensor:
         if self.rounded is not None and not isinstance(self.cost, list):
             coo = self.rounded.to_sparse_coo()
             rows, columns = coo.indices()

@@ -152,8 +152,6 @@ def solve(
     >>> result.status.value, round(float(result.value_linear), 6)
     ('converged', 0.0)
     """
-    call = "solve"
-    _check_options(call, method, tol, max_iter, reg_type, grad, relaxation, density, warm_up, interrupt)
     options = {
         "reg": reg, "method": method, "tol": tol, "max_iter": max_iter, "unbalanced": unbalanced, "reg_type": reg_type,
         "grad": grad, "warm_up": warm_up, "density": density, "relaxation": relaxation, "eps_scaling": eps_scaling,
@@ -161,6 +159,16 @@ def solve(
     }  # fmt: skip
     if isinstance(C, list | tuple):
         return _solve_ragged(C, a, b, x0, callback, progress, options)
+    return solve_matrix("solve", C, a, b, x0, callback, progress, options)
+
+
+def solve_matrix(
+    call: str, C: Any, a: Any, b: Any, x0: Any, callback: TransportCallback | None, progress: bool,
+    options: dict[str, Any],
+) -> TransportResult:  # fmt: skip
+    """:func:`solve` for one matrix or a batch of equal shapes, in the name of the function `call`."""
+    method, tol, reg_type, interrupt = (options[name] for name in ("method", "tol", "reg_type", "interrupt"))
+    check_options(call, options)
     C = check_tensor(C, call, "C")
     check_float(C, call, "C")
     if C.ndim not in (2, 3):
@@ -169,20 +177,20 @@ def solve(
     if C.numel() == 0:
         raise ValueError(f"{call}: C: expected at least one problem, row and column, got shape {tuple(C.shape)}")
     a, b = _weights(call, C, a, n, "a"), _weights(call, C, b, m, "b")
-    rho = _strengths(call, unbalanced)
+    rho = _strengths(call, options["unbalanced"])
     if C.ndim == 3 and (callback is not None or progress):
         raise ValueError(f"{call}: callback and progress: expected one problem, got a batch")
-    eps = _regularisation(call, reg)
+    eps = _regularisation(call, options["reg"])
     readable = all(is_readable(t) for t in (C, a, b, eps))
     if readable:
-        _check_problem(call, Cost.dense(C.detach().reshape(-1, m)), C, a, b, rho)
+        _check_problem(call, Cost.dense(C.detach().reshape(-1, m)), C, a, b, rho, float(eps.detach()))
     exact = readable and float(eps.detach()) == 0
     if exact:
         eps = _exact_reg(call, C, rho)
     chosen = "newton" if method == "auto" else method
     _check_method(call, chosen, rho)
     start = _start(call, x0, C.shape[:-2], n, m)
-    if grad == "none":
+    if options["grad"] == "none":
         C, a, b, eps = C.detach(), a.detach(), b.detach(), eps.detach()
     numbers = _numbers(chosen, options, n * m)
     # Hooks cannot be traced; there is nothing to report to.
@@ -197,7 +205,7 @@ def solve(
     result = _make_result(cost, (a, b), f, g, value, eps, info, history, method, chosen, tol, exact)
     if exact:
         result = certify(result)
-    return _warned(result, call)
+    return _warned(result, call, depth=4)
 
 
 def sinkhorn(
@@ -222,16 +230,18 @@ def sinkhorn(
 # --- what a call is checked for ---------------------------------------------------------------------------------------
 
 
-def _check_options(
-    call: str, method: str, tol: float, max_iter: Any, reg_type: str, grad: str, relaxation: Any, density: Any,
-    warm_up: Any, interrupt: str,
-) -> None:  # fmt: skip
-    for name, value, allowed in (
-        ("method", method, METHODS),
-        ("reg_type", reg_type, ("entropy", "kl")),
-        ("grad", grad, ("implicit", "none")),
-        ("interrupt", interrupt, ("raise", "return")),
+def check_options(call: str, options: dict[str, Any]) -> None:
+    """Check what is no tensor."""
+    tol, max_iter, relaxation, density, warm_up = (
+        options[name] for name in ("tol", "max_iter", "relaxation", "density", "warm_up")
+    )
+    for name, allowed in (
+        ("method", METHODS),
+        ("reg_type", ("entropy", "kl")),
+        ("grad", ("implicit", "none")),
+        ("interrupt", ("raise", "return")),
     ):
+        value = options[name]
         if value not in allowed:
             raise ValueError(f"{call}: {name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     if not (isinstance(tol, int | float | np.floating) and 0 < tol < math.inf):
@@ -295,7 +305,9 @@ def _regularisation(call: str, reg: Any) -> Tensor:
     return eps
 
 
-def _check_problem(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor, rho: tuple[float, float]) -> None:
+def _check_problem(
+    call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor, rho: tuple[float, float], eps: float
+) -> None:
     """Check values."""
     for name, w in (("a", a), ("b", b)):
         check_finite(w, call, name)
@@ -311,7 +323,7 @@ def _check_problem(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor
             raise ValueError(f"{call}: {name}: expected weights with a positive sum, got zeros")
         if not bool(torch.isfinite(total).all()):
             raise ValueError(f"{call}: {name}: expected weights with a finite sum, got infinity; scale them down")
-    low, _, infinite = cost.extent()
+    low, high, infinite = cost.extent()
     if math.isnan(low) or low == -math.inf:
         kind = "NaN" if math.isnan(low) else "-inf"
         place = ""
@@ -319,6 +331,11 @@ def _check_problem(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor
             wrong = torch.isnan(C.detach()) if math.isnan(low) else torch.isneginf(C.detach())
             place = f" at {tuple(wrong.nonzero()[0].tolist())}"
         raise ValueError(f"{call}: C: expected costs that are finite or +inf (a forbidden pair), got {kind}{place}")
+    if 0 < eps < 1e-14 * (high - low):
+        raise ValueError(
+            f"{call}: reg: expected 0, or at least 1e-14 of the range of the cost ({high - low:.3g}), below which "
+            f"exponents have no digits left; got {eps:.3g}"
+        )
     if infinite:
         _check_moves(call, cost, C, a.detach(), b.detach())
     if math.isinf(rho[0]) and math.isinf(rho[1]):
@@ -432,7 +449,7 @@ def _solve_ragged(
             raise ValueError(f"solve: {name}: expected a sequence of {count}, one for each cost")
         lists.append([None] * count if values is None else values)
     return [
-        solve(C, a_k, b_k, x0=x_k, callback=callback, progress=progress, **options)
+        solve_matrix("solve", C, a_k, b_k, x_k, callback, progress, options)
         for C, a_k, b_k, x_k in zip(costs, *lists, strict=True)
     ]
 
@@ -517,9 +534,9 @@ def _unchecked(
     )
 
 
-def _warned(result: TransportResult, call: str) -> TransportResult:
+def _warned(result: TransportResult, call: str, depth: int) -> TransportResult:
     if not result.converged and result.status not in (TransportStatus.STOPPED, TransportStatus.INTERRUPTED):
-        warnings.warn(f"{call}: {result.message}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{call}: {result.message}", RuntimeWarning, stacklevel=depth)
     return result
 
 

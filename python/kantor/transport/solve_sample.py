@@ -22,7 +22,6 @@ from kantor.transport.solve import (
     TransportCallback,
     Unbalanced,
     _check_method,
-    _check_options,
     _check_problem,
     _make_result,
     _regularisation,
@@ -31,8 +30,9 @@ from kantor.transport.solve import (
     _warned,
     _weights,
     certify,
+    check_options,
     run_points,
-    solve,
+    solve_matrix,
 )
 
 _DENSE_NUMBERS = 1 << 24  # n m d up to which a problem with derivatives is solved as a matrix
@@ -99,7 +99,12 @@ def solve_sample(
             [2., 1.]], dtype=torch.float64)
     """
     call = "solve_sample"
-    _check_options(call, method, tol, max_iter, reg_type, grad, relaxation, density, warm_up, interrupt)
+    options: dict[str, Any] = {
+        "reg": reg, "method": method, "tol": tol, "max_iter": max_iter, "unbalanced": unbalanced, "reg_type": reg_type,
+        "grad": grad, "warm_up": warm_up, "density": density, "relaxation": relaxation, "eps_scaling": False,
+        "interrupt": interrupt,
+    }  # fmt: skip
+    check_options(call, options)
     check_cost_name(cost, p, call)
     X, Y = _points(call, X, "X"), _points(call, Y, "Y")
     check_same(call, [("X", X), ("Y", Y)])
@@ -120,22 +125,13 @@ def solve_sample(
                 raise ValueError(
                     f"{call}: {name}: expected nonzero points for the cosine, got zeros in row {int(zero.nonzero()[0])}"
                 )
-    options: dict[str, Any] = {
-        "reg_type": reg_type, "tol": tol, "max_iter": max_iter, "warm_up": warm_up, "density": density,
-        "relaxation": relaxation, "interrupt": interrupt, "eps_scaling": False,
-    }  # fmt: skip
     tracked = is_tracked(X, Y, a, b, eps)
     if (tracked and n * m * X.shape[1] <= _DENSE_NUMBERS) or not is_readable(X):
         problem = Cost.points(X, Y, cost, p)
-        options.pop("eps_scaling")
-        result = solve(
-            problem.tile(0, n), a, b, reg=reg, method=method, unbalanced=unbalanced, x0=x0, grad=grad,
-            callback=callback, progress=progress, **options,
-        )  # fmt: skip
-        assert isinstance(result, TransportResult)
+        result = solve_matrix(call, problem.tile(0, n), a, b, x0, callback, progress, options)
         return replace(result, cost=problem)
     problem = Cost.points(X, Y, cost, p)
-    _check_problem(call, problem.detach(), None, a, b, rho)
+    _check_problem(call, problem.detach(), None, a, b, rho, float(eps.detach()))
     exact = float(eps.detach()) == 0
     if exact:
         low, high, _ = problem.detach().extent()
@@ -154,7 +150,7 @@ def solve_sample(
     value = _PointValue.apply(X, Y, a, b, eps, f, g, (cost, p, rho, reg_type == "kl"))  # type: ignore[no-untyped-call]
     result = _make_result(problem, (a, b), f, g, value, eps.detach(), info, history, method, chosen, tol, exact)
     result = replace(result, seconds=time.perf_counter() - started)
-    return _warned(certify(result) if exact else result, call)
+    return _warned(certify(result) if exact else result, call, depth=3)
 
 
 def _points(call: str, t: Any, name: str) -> Tensor:
