@@ -2,11 +2,11 @@
 // diagonal), after Gao, Kyng and Spielman, "Robust and practical solution of Laplacian equations by approximate
 // elimination" (2023). Eliminating a vertex with neighbours of weights w_1 <= ... <= w_d and D = sum w + its excess
 // makes a clique with weights w_k w_l / D; here each k keeps one edge, to a later neighbour l chosen with probability
-// proportional to w_l, of weight w_k (w_(k+1) + ... + w_d) / D: the clique in expectation. There is no fill-in, and on
-// a forest the factorisation is exact. Vertices are taken in order of degree, least first; the choices come from a
+// proportional to w_l, of weight w_k (w_(k+1) + ... + w_d) / D: the clique in expectation. The graph never grows, and
+// on a forest the factorisation is exact. Vertices are taken in order of degree, least first; the choices come from a
 // fixed seed, so that the same matrix gives the same factor.
 //
-// Time O(edges log edges), memory O(edges).
+// Time and memory O(edges log edges); on the graphs met here the factor has one to three entries an edge.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -77,8 +77,20 @@ def solve_sample(
         which is called once per tile of about two million entries and sweep.
     p : float
         Exponent of ``"lp"``.
+    method, tol, max_iter, unbalanced, reg_type, x0, grad, warm_up, density, relaxation
+        As for :func:`solve`.
+    callback, progress, interrupt
+        As for :func:`solve`.
 
-    The other parameters, what is raised and returned are those of :func:`solve`.
+    Returns
+    -------
+    TransportResult
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`solve`; points of different dimensions, NaN or infinite points, a function that returns another shape,
+        points of length zero for the cosine.
 
     Notes
     -----
