@@ -248,7 +248,8 @@ class Newton {
         longest = radius_;
         break;
       }
-      ridge_ = longest > 5 * radius_ ? std::max(10 * ridge_, 1e-6) : 3 * ridge_;
+      // Where the ridge rules, the step is inversely proportional to it.
+      ridge_ = std::max(ridge_ * std::clamp(1.5 * longest / radius_, 2.0, 1e3), 1e-7);
     }
     if (!std::isfinite(longest)) return false;
 
