@@ -60,13 +60,19 @@ class Sinkhorn {
     int plain = 0, relaxed = 0;  // sweeps since the last change of the relaxation
     double best = p.error;
     int64_t since_best = 0;
+    const auto relax = [&](double by) {  // errors of different relaxations are not compared
+      relaxation = by;
+      plain = relaxed = 0;
+      best = p.error;
+      since_best = 0;
+    };
     Dual::Point begun_at;  // where the relaxation was raised
     double courage = 1;    // what is left of the best relaxation after it failed
     for (;;) {
       if (!p.finite) return Status::overflow;
       if (p.error <= tol && relaxation != 1) {  // rows or columns should be exact, not both nearly
         p = dual.at(std::move(p.g));
-        if (p.error > tol) relaxation = 1, plain = 0;
+        if (p.error > tol) relax(1);
       }
       if (p.error <= tol) return Status::converged;
       if (relaxation == 1 && proves_infeasible(problem_, p.value)) return Status::infeasible;
@@ -87,10 +93,9 @@ class Sinkhorn {
       // What follows only chooses the relaxation.
       const size_t k = errors.size();
       if (relaxation > 1 && !(p.error < 1e3 * begun_at.error)) {  // it does not converge from here: take it back
-        relaxation = 1;
-        plain = 0;
         courage *= 0.7;
         p = begun_at;
+        relax(1);
         continue;
       }
       if (relaxation == 1) {
@@ -100,8 +105,7 @@ class Sinkhorn {
         if (!steady && plain < 10 * measured) continue;
         const double rate = std::clamp(std::pow(late, 0.2), 0.0, 0.99999);
         if (rate > 0.3) {
-          relaxation = 1 + courage * (2 / (1 + std::sqrt(1 - rate)) - 1);
-          relaxed = 0;
+          relax(1 + courage * (2 / (1 + std::sqrt(1 - rate)) - 1));
           begun_at = p;
         }
         plain = 0;
@@ -111,9 +115,8 @@ class Sinkhorn {
         if (++relaxed < 4 * window || relaxed % window != 0) continue;
         const double promised = std::pow(relaxation - 1, window), seen = errors[k - 1] / errors[k - 1 - window];
         if (seen > std::sqrt(promised)) {
-          relaxation = 1;
-          plain = 0;
           p = dual.at(std::move(p.g));
+          relax(1);
         }
       }
     }

@@ -581,7 +581,9 @@ def certify(result: TransportResult) -> TransportResult:
 
     # -t LSE(. / t) <= min: a soft minimum at a tiny t is feasible, and exact to t log n.
     low, high, _ = cost.extent()
-    t = max(1e-10 * (high - low), 1e-15 * max(abs(low), abs(high)), 1e-290)
+    t = max(1e-10 * (high - low), 1e-15 * max(abs(low), abs(high)), 1e-306)
+    if high == low:  # every plan is optimal, and a constant potential proves it
+        f = torch.where(a > 0, torch.zeros_like(a), -math.inf)
     log_sums = torch.empty(m, dtype=torch.float64)
     backend().transport_column_log_sums(tuple(cost.encode()), t, f, log_sums, torch.get_num_threads())
     transform = torch.where(b > 0, -t * log_sums, 0.0)
