@@ -109,23 +109,50 @@ class Newton {
     current_ = p.g;
     if (dual_.contraction() < 0.7) return p;
     if (options_.sinkhorn_first && problem_.eps >= 2e-3 * range) {
-      std::vector<double> errors{p.error};
-      for (int64_t sweep = 1; sweep <= std::min<int64_t>(60, options_.max_iter) && p.finite && p.error > options_.tol;
-           ++sweep) {
-        p = dual_.at(dual_.sinkhorn_step(p));
-        current_ = p.g;
-        status = progress_.note(dual_.eps(), p.error, Step::sinkhorn);
-        if (status != Status::running) return p;
-        errors.push_back(p.error);
-        if (sweep < 6) continue;
-        const double rate = std::pow(errors[sweep] / errors[sweep - 4], 0.25);
-        if (!(rate < 1) || std::log(options_.tol / p.error) / std::log(rate) > 30) break;
-      }
+      opening_sweeps(p, status);
+      if (status != Status::running) return p;
       g = p.g;
     }
     if (problem_.eps >= highest() || p.error <= (cold ? level_tol : 10 * level_tol)) return p;
     dual_.set_eps(highest());
     return dual_.at(cold && outcome_.history.empty() ? dual_.cold_start() : std::move(g));
+  }
+
+  // Sweeps at the final eps, over-relaxed (sinkhorn_cpu.cpp) once their rate is known, as long as they promise to be
+  // done soon.
+  void opening_sweeps(Dual::Point& p, Status& status) {
+    const bool hard = std::isinf(problem_.rho_a) && std::isinf(problem_.rho_b);
+    const int64_t most = std::min<int64_t>(50, options_.max_iter);
+    std::vector<double> errors{p.error};
+    double relaxation = 1;
+    Dual::Point begun_at;
+    for (int64_t sweep = 1; sweep <= most && p.finite && p.error > options_.tol; ++sweep) {
+      std::vector<double> g = dual_.sinkhorn_step(p, relaxation);
+      p = relaxation == 1 ? dual_.at(std::move(g)) : dual_.relaxed_at(std::move(g), p.f, relaxation);
+      if (relaxation > 1 && p.error <= options_.tol) p = dual_.at(std::move(p.g));
+      current_ = p.g;
+      status = progress_.note(dual_.eps(), p.error, Step::sinkhorn);
+      if (status != Status::running) return;
+      if (relaxation > 1) {
+        if (p.error < 10 * begun_at.error) continue;
+        p = std::move(begun_at);
+        return;
+      }
+      errors.push_back(p.error);
+      if (sweep < 6) continue;
+      const double rate = std::pow(errors[sweep] / errors[sweep - 4], 0.25);
+      if (!(rate < 1)) return;
+      const double digits = std::log(options_.tol / p.error);
+      if (digits / std::log(rate) <= 12) continue;
+      const double best = 2 / (1 + std::sqrt(1 - rate));
+      if (hard && 1.5 * digits / std::log(best - 1) + 5 <= 25) {
+        relaxation = best;
+        begun_at = p;
+      } else if (digits / std::log(rate) > 30) {
+        return;
+      }
+    }
+    if (relaxation > 1 && p.error > options_.tol) p = dual_.at(std::move(p.g));
   }
 
   // At the next eps: the end of the last level, or the line through the ends of the last two, whichever is higher.
