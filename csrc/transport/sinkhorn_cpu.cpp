@@ -54,7 +54,18 @@ class Sinkhorn {
  private:
   bool last_level(const Dual& dual) const { return dual.eps() <= problem_.eps; }
 
+  // Ends with the point of least error.
   Status level(Dual& dual, Dual::Point& p, double tol) {
+    least_ = p;
+    const Status status = sweep_until(dual, p, tol);
+    if (status != Status::converged && (least_.error < p.error || !p.finite)) p = least_;
+    return status;
+  }
+
+  Status sweep_until(Dual& dual, Dual::Point& p, double tol) {
+    // An error below it may be all that the digits of (f + g - C) / eps allow.
+    const double rounding = 2e-15 * std::max(std::abs(problem_.cost_high), std::abs(problem_.cost_low)) / dual.eps();
+    int64_t since_least = 0;
     std::vector<double> errors;
     double relaxation = options_.relaxation > 0 && hard_ ? options_.relaxation : 1;
     int plain = 0, relaxed = 0;  // sweeps since the last change of the relaxation
@@ -77,6 +88,12 @@ class Sinkhorn {
       if (p.error <= tol) return Status::converged;
       if (relaxation == 1 && proves_infeasible(problem_, p.value)) return Status::infeasible;
       if (static_cast<int64_t>(outcome_.history.size()) >= options_.max_iter) return Status::max_iter;
+      if (p.error < least_.error) {
+        least_ = p;
+        since_least = 0;
+      } else if (++since_least > 100 && p.error < rounding) {
+        return Status::stalled;
+      }
       if (p.error < best) {
         best = p.error;
         since_best = 0;
@@ -128,6 +145,7 @@ class Sinkhorn {
   Outcome outcome_;
   Progress progress_;
   bool hard_ = true;
+  Dual::Point least_;
 };
 
 }  // namespace
