@@ -14,7 +14,7 @@ from torch import Tensor
 from kantor._checks import check_finite, check_float, check_same, check_tensor, is_readable
 from kantor._ops import backend
 from kantor.transport._cost import SQEUCLIDEAN, Cost, TileFunction, check_cost_name, is_tracked
-from kantor.transport._native import plan_of
+from kantor.transport._native import COUNT, ERROR, INTERRUPTED, STATUS, plan_of
 from kantor.transport._result import TransportResult
 from kantor.transport._value import dual_value, weight_gradient
 from kantor.transport.solve import (
@@ -154,15 +154,27 @@ def solve_sample(
     _check_method(call, chosen, rho)
     start = _start(call, x0, (), n, m)
     started = time.perf_counter()
-    if chosen == "newton" and start is None:
-        start = _coarse_start(problem.detach(), a, b, float(eps.detach()), rho, options)
-    f, g, info, history = run_points(
-        call, problem, a, b, float(eps.detach()), rho, chosen, start, options, callback, progress
-    )
+    try:
+        if chosen == "newton" and start is None:
+            start = _coarse_start(problem.detach(), a, b, float(eps.detach()), rho, options)
+        f, g, info, history = run_points(
+            call, problem, a, b, float(eps.detach()), rho, chosen, start, options, callback, progress
+        )
+    except KeyboardInterrupt:  # before there is anything to return
+        if interrupt == "raise":
+            raise
+        f, g, info, history = _nothing_yet(X, Y)
     value = _PointValue.apply(X, Y, a, b, eps, f, g, (cost, p, rho, reg_type == "kl"))  # type: ignore[no-untyped-call]
     result = _make_result(problem, (a, b), f, g, value, eps.detach(), info, history, method, chosen, tol, exact)
     result = replace(result, seconds=time.perf_counter() - started)
     return _warned(certify(result) if exact else result, call, depth=3)
+
+
+def _nothing_yet(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    f, g = (torch.zeros(t.shape[0], dtype=torch.float64, device=t.device) for t in (X, Y))
+    info = torch.zeros(COUNT + 1, dtype=torch.float64)
+    info[STATUS], info[ERROR] = INTERRUPTED, math.inf
+    return f, g, info, torch.zeros(4, 1, dtype=torch.float64)
 
 
 def _points(call: str, t: Any, name: str) -> Tensor:
