@@ -55,7 +55,12 @@ std::unique_ptr<Passes> make_passes(const CostArgs& args, int threads) {
     if (cost.kind == CostKind::callback)
       cost.fill = [fill = args.fill](int64_t first, int64_t last) {
         py::gil_scoped_acquire gil;
-        fill(first, last);
+        try {
+          fill(first, last);
+        } catch (const py::error_already_set& raised) {  // Ctrl-C that lands in Python code
+          if (!raised.matches(PyExc_KeyboardInterrupt)) throw;
+          throw Interrupted{};
+        }
       };
     const Exec exec = exec_for(args.operands[0], threads);
     if constexpr (cuda_code_built)
