@@ -139,7 +139,13 @@ class Cost:
         return max(1, min(n, _TILE_ENTRIES // max(m, 1)))
 
     def extent(self) -> tuple[float, float, bool]:
-        """Smallest and largest finite cost, or bounds of them for points, and whether some are infinite."""
+        """Smallest and largest finite cost, or bounds of them for points, and whether some are infinite; found once."""
+        if "_extent" not in self.__dict__:
+            object.__setattr__(self, "_extent", self._find_extent())
+        known: tuple[float, float, bool] = self.__dict__["_extent"]
+        return known
+
+    def _find_extent(self) -> tuple[float, float, bool]:
         if self.matrix is not None or self.function is not None:
             low, high, infinite = math.inf, -math.inf, False
             n, step = self.shape[0], self.tile_rows()

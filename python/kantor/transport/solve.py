@@ -463,7 +463,7 @@ def run_points(
     numbers = _numbers(chosen, options, min(n * m, _POINT_ENTRIES))
     with _monitored(callback, progress, options["tol"], options["interrupt"]):
         fs, gs, info, history = _native.run(
-            chosen, [cost.detach()], [a.detach().cpu().double()], [b.detach().cpu().double()], eps, rho,
+            chosen, [cost], [a.detach().cpu().double()], [b.detach().cpu().double()], eps, rho,
             options["reg_type"] == "kl", [None if start is None else start.cpu()], numbers,
         )  # fmt: skip
     return fs[0].to(cost.device), gs[0].to(cost.device), info[0], history[0]

@@ -143,22 +143,23 @@ def solve_sample(
         result = solve_matrix(call, problem.tile(0, n), a, b, x0, callback, progress, options)
         return replace(result, cost=problem)
     problem = Cost.points(X, Y, cost, p)
-    _check_problem(call, problem.detach(), None, a, b, rho, float(eps.detach()))
+    plain = problem.detach()
     exact = float(eps.detach()) == 0
-    if exact:
-        low, high, _ = problem.detach().extent()
-        eps = torch.tensor(EXACT_REG * (high - low) or 1.0, dtype=torch.float64)
-        if not (math.isinf(rho[0]) and math.isinf(rho[1])):
-            raise ValueError(f"{call}: reg: expected a positive number with unbalanced marginals, got 0")
+    if exact and not (math.isinf(rho[0]) and math.isinf(rho[1])):
+        raise ValueError(f"{call}: reg: expected a positive number with unbalanced marginals, got 0")
     chosen = "newton" if method == "auto" else method
     _check_method(call, chosen, rho)
     start = _start(call, x0, (), n, m)
     started = time.perf_counter()
     try:
+        _check_problem(call, plain, None, a, b, rho, float(eps.detach()))
+        if exact:
+            low, high, _ = plain.extent()
+            eps = torch.tensor(EXACT_REG * (high - low) or 1.0, dtype=torch.float64)
         if chosen == "newton" and start is None:
-            start = _coarse_start(problem.detach(), a, b, float(eps.detach()), rho, options)
+            start = _coarse_start(plain, a, b, float(eps.detach()), rho, options)
         f, g, info, history = run_points(
-            call, problem, a, b, float(eps.detach()), rho, chosen, start, options, callback, progress
+            call, plain, a, b, float(eps.detach()), rho, chosen, start, options, callback, progress
         )
     except KeyboardInterrupt:  # before there is anything to return
         if interrupt == "raise":
