@@ -249,14 +249,15 @@ class PassesCpu final : public Passes {
   double softmax(int64_t i, const T* row, const double* g, double eps, double cutoff, Row& w, double* shift) const {
     *shift = logits(i, row, g, eps, w);
     if (!(*shift > minus_infinity)) *shift = 0;  // a row without an allowed entry
-    return exponentials(blocks_, *shift, *shift - cutoff, w.largest.data(), w.t.data(), w.active.data(), &w.count);
+    return exponentials<true>(blocks_, *shift, *shift - cutoff, w.largest.data(), w.t.data(), w.active.data(),
+                              &w.count);
   }
 
   // e_j = P_ij in blocks with an entry above exp(lowest); returns their sum.
   double entries(int64_t i, const T* row, const double* f, const double* g, double eps, double lowest, Row& w) const {
     logits(i, row, g, eps, w);
     const double own = f[i] / eps;
-    return unbounded_exponentials(blocks_, -own, lowest - own, w.largest.data(), w.t.data(), w.active.data(), &w.count);
+    return exponentials<false>(blocks_, -own, lowest - own, w.largest.data(), w.t.data(), w.active.data(), &w.count);
   }
 
   // body(chunk, i, row of a stored cost or null, work) for every row; returns the number of chunks in use.

@@ -160,10 +160,12 @@ KANTOR_POINT_LOGITS(cosine_logits, detail::Norm::dot)
 
 // --- what is done with them ---
 
-// e_j = exp(t_j - shift) in place, in blocks whose largest reaches `lowest`; their numbers go to `active`.
-// Returns the sum of all e; *count is the number of active blocks.
-inline KANTOR_SIMD double exponentials(int64_t blocks, double shift, double lowest, const double* largest, double* t,
-                                       int32_t* active, int64_t* count) {
+// e_j = exp(t_j - shift) in place, in blocks whose largest reaches `lowest`; their numbers go to `active`. Returns the
+// sum of all e; *count is the number of active blocks. `bounded`: no exponent is positive; else e is +inf where it
+// overflows.
+template <bool bounded>
+KANTOR_SIMD double exponentials(int64_t blocks, double shift, double lowest, const double* largest, double* t,
+                                int32_t* active, int64_t* count) {
   double sums[block] = {};
   int64_t used = 0;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -172,26 +174,7 @@ inline KANTOR_SIMD double exponentials(int64_t blocks, double shift, double lowe
     double* e = t + b * block;
 #pragma GCC ivdep
     for (int k = 0; k < block; ++k) {
-      e[k] = vecmath::exp_nonpositive(e[k] - shift);
-      sums[k] += e[k];
-    }
-  }
-  *count = used;
-  return vecmath::detail::tree_block<block>(sums, [](double a, double b) { return a + b; });
-}
-
-// The same without a bound on the exponents: +inf where they overflow.
-inline KANTOR_SIMD double unbounded_exponentials(int64_t blocks, double shift, double lowest, const double* largest,
-                                                 double* t, int32_t* active, int64_t* count) {
-  double sums[block] = {};
-  int64_t used = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (!(largest[b] >= lowest)) continue;
-    active[used++] = static_cast<int32_t>(b);
-    double* e = t + b * block;
-#pragma GCC ivdep
-    for (int k = 0; k < block; ++k) {
-      e[k] = vecmath::exp(e[k] - shift);
+      e[k] = bounded ? vecmath::exp_nonpositive(e[k] - shift) : vecmath::exp(e[k] - shift);
       sums[k] += e[k];
     }
   }

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kantor.transport.solve import Unbalanced, _strengths, _weights
+from kantor.transport._arguments import strengths, weights_of
+from kantor.transport.solve import Unbalanced
 from kantor.transport.solve_sample import _points, solve_sample
 
 
@@ -56,11 +57,11 @@ def sinkhorn_divergence(
     0.25
     """
     X, Y = _points("sinkhorn_divergence", X, "X"), _points("sinkhorn_divergence", Y, "Y")
-    rho = _strengths("sinkhorn_divergence", unbalanced)
+    rho = strengths("sinkhorn_divergence", unbalanced)
     if rho[0] != rho[1]:
         raise ValueError(f"sinkhorn_divergence: unbalanced: expected one strength for both, got {unbalanced!r}")
-    a = _weights("sinkhorn_divergence", X[:1], a, X.shape[0], "a")
-    b = _weights("sinkhorn_divergence", Y[:1], b, Y.shape[0], "b")
+    a = weights_of("sinkhorn_divergence", X[:1], a, X.shape[0], "a")
+    b = weights_of("sinkhorn_divergence", Y[:1], b, Y.shape[0], "b")
     options |= {"reg": reg, "cost": cost, "unbalanced": unbalanced, "reg_type": "kl"}
     values = [solve_sample(P, Q, u, v, **options).value for P, Q, u, v in ((X, Y, a, b), (X, X, a, a), (Y, Y, b, b))]
     divergence = values[0] - 0.5 * (values[1] + values[2])

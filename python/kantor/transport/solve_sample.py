@@ -13,24 +13,26 @@ from torch import Tensor
 
 from kantor._checks import check_finite, check_float, check_same, check_tensor, is_readable
 from kantor._ops import backend
+from kantor.transport._arguments import (
+    EXACT_REG,
+    check_method,
+    check_options,
+    check_problem,
+    regularisation,
+    start_of,
+    strengths,
+    weights_of,
+)
 from kantor.transport._cost import SQEUCLIDEAN, Cost, TileFunction, check_cost_name, is_tracked
 from kantor.transport._native import COUNT, ERROR, INTERRUPTED, STATUS, plan_of
 from kantor.transport._result import TransportResult
 from kantor.transport._value import dual_value, weight_gradient
 from kantor.transport.solve import (
-    EXACT_REG,
     TransportCallback,
     Unbalanced,
-    _check_method,
-    _check_problem,
     _make_result,
-    _regularisation,
-    _start,
-    _strengths,
     _warned,
-    _weights,
     certify,
-    check_options,
     run_points,
     solve_matrix,
 )
@@ -123,9 +125,9 @@ def solve_sample(
     if X.shape[1] != Y.shape[1]:
         raise ValueError(f"{call}: X and Y: expected points of one dimension, got {X.shape[1]} and {Y.shape[1]}")
     n, m = X.shape[0], Y.shape[0]
-    a, b = _weights(call, X[:1], a, n, "a"), _weights(call, X[:1], b, m, "b")
-    rho = _strengths(call, unbalanced)
-    eps = _regularisation(call, reg)
+    a, b = weights_of(call, X[:1], a, n, "a"), weights_of(call, X[:1], b, m, "b")
+    rho = strengths(call, unbalanced)
+    eps = regularisation(call, reg)
     if grad == "none":
         X, Y, a, b, eps = (t.detach() for t in (X, Y, a, b, eps))
     check_finite(X, call, "X")
@@ -148,11 +150,11 @@ def solve_sample(
     if exact and not (math.isinf(rho[0]) and math.isinf(rho[1])):
         raise ValueError(f"{call}: reg: expected a positive number with unbalanced marginals, got 0")
     chosen = "newton" if method == "auto" else method
-    _check_method(call, chosen, rho)
-    start = _start(call, x0, (), n, m)
+    check_method(call, chosen, rho)
+    start = start_of(call, x0, (), n, m)
     started = time.perf_counter()
     try:
-        _check_problem(call, plain, None, a, b, rho, float(eps.detach()))
+        check_problem(call, plain, None, a, b, rho, float(eps.detach()))
         if exact:
             low, high, _ = plain.extent()
             eps = torch.tensor(EXACT_REG * (high - low) or 1.0, dtype=torch.float64)
