@@ -6,6 +6,7 @@
 #include "core/parallel.h"
 #include "linalg/csr.h"
 #include "linalg/ic0.h"
+#include "linalg/poisson_components.h"
 #include "linalg/vector.h"
 
 namespace py = pybind11;
@@ -154,6 +155,15 @@ void bind_ic0_solve(const Operands& operands, const Layout& layout, const Tensor
   });
 }
 
+int64_t bind_closed_components(const Tensor& cells, const Tensor& labels, int64_t nz, int64_t ny, int64_t nx) {
+  for (const Tensor* t : {&cells, &labels}) require_host(*t, "closed_components");
+  const auto codes = elements<const uint8_t>(cells, "cells");
+  const auto numbers = elements<int32_t>(labels, "labels");
+  require(cells.size() == 2 * nz * ny * nx && labels.size() == nz * ny * nx, "closed_components: sizes differ");
+  py::gil_scoped_release nogil;
+  return closed_components_cpu(nz, ny, nx, reinterpret_cast<const uint16_t*>(codes.data()), numbers.data());
+}
+
 }  // namespace
 
 void bind_linalg(py::module_& m) {
@@ -167,6 +177,7 @@ void bind_linalg(py::module_& m) {
   m.def("ic0_factor", &bind_ic0_factor);
   m.def("level_schedule", &bind_level_schedule);
   m.def("ic0_solve", &bind_ic0_solve);
+  m.def("closed_components", &bind_closed_components);
 }
 
 }  // namespace kantor

@@ -63,6 +63,12 @@ class OperatorReader {
         const T* factors = operand<const T>(rank * n);
         return {scale, LowRank<T>{n, rank, factors, operand<const T>(rank), nullptr, 0}};
       }
+      case OperatorKind::poisson: {
+        Poisson<T> A{};
+        A.nz = next(), A.ny = next(), A.nx = next();
+        A.cells = reinterpret_cast<const uint16_t*>(operand<const uint8_t>(2 * A.nz * A.ny * A.nx));
+        return {scale, A};
+      }
       default:
         throw std::invalid_argument("operator: unknown kind in the layout");
     }
@@ -153,7 +159,7 @@ Operator<T> read_operator(const OperatorArgs& args, const Tensor& like) {
 
 // Doubles of workspace for one vector's projections, which the low-rank terms of an operator ask for.
 inline int64_t projections_size_of(const std::vector<int64_t>& layout) {
-  constexpr size_t integers[] = {2, 3, 6, 4, 1, 2, 2};  // after the kind
+  constexpr size_t integers[] = {2, 3, 6, 4, 1, 2, 2, 3};  // after the kind
   int64_t size = 0;
   for (size_t at = 0; at < layout.size(); at += 1 + integers[layout[at]]) {
     require(layout[at] >= 0 && layout[at] < int64_t(std::size(integers)) && at + integers[layout[at]] < layout.size(),

@@ -121,6 +121,7 @@ struct DeviceTerm {
     FaceStencil<T> faces;
     Diagonal<T> diagonal;
     LowRank<T> low_rank;
+    Poisson<T> poisson;
   };
 };
 
@@ -144,6 +145,7 @@ DeviceTerm<T> device_term(const OperatorTerm<T>& term) {
   if (const auto* faces = std::get_if<FaceStencil<T>>(&term.form)) out.kind = OperatorKind::faces, out.faces = *faces;
   if (const auto* d = std::get_if<Diagonal<T>>(&term.form)) out.kind = OperatorKind::diagonal, out.diagonal = *d;
   if (const auto* low = std::get_if<LowRank<T>>(&term.form)) out.kind = OperatorKind::low_rank, out.low_rank = *low;
+  if (const auto* grid = std::get_if<Poisson<T>>(&term.form)) out.kind = OperatorKind::poisson, out.poisson = *grid;
   return out;
 }
 
@@ -160,6 +162,8 @@ __device__ __forceinline__ double row_product(const DeviceTerm<T>& term, int64_t
       return row_product<double>(term.faces, x, i);
     case OperatorKind::low_rank:
       return row_product<double>(form_for_vector(term.low_rank, k), x, i);
+    case OperatorKind::poisson:
+      return row_product<double>(term.poisson, x, i);
     default:
       return row_product<double>(term.diagonal, x, i);
   }

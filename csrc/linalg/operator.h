@@ -9,6 +9,7 @@
 //   Neumann faces     layout [3, nz, ny, nx, dims]              operands shift (1), fz, [fy when dims = 3,] fx diagonal
 //   layout [4, n]                             operands d (n)
 //   low rank  layout [6, n, rank]                       operands factors (rank, n), weights (rank): F' diag(w) F
+//   poisson   layout [7, nz, ny, nx]                    operands cells (n, 2), uint8: links, diagonal
 // A two-dimensional grid (ny, nx) is passed as (nz, ny, nx) = (ny, 1, nx).
 #pragma once
 #include <algorithm>
@@ -31,6 +32,7 @@ enum class OperatorKind : int64_t {
   diagonal = 4,
   incomplete_cholesky = 5,
   low_rank = 6,
+  poisson = 7,
 };
 
 template <class T>
@@ -68,6 +70,16 @@ struct FaceStencil {
   const T* fx;  // (nz, ny, nx+1)
 };
 
+// The Laplacian of a voxel grid with solids and free surfaces: (A u)_i = diagonal_i u_i - sum of u over the linked
+// neighbours. A cell is two bytes. The low one has a bit for each linked neighbour (those below, above, in front,
+// behind, left, right, from the lowest bit) and the bit 64, which says that the cell is an unknown; the high one is the
+// diagonal. Cells that are no unknowns are zero: their rows are empty, and no cell links to them.
+template <class T>
+struct Poisson {
+  int64_t nz, ny, nx;
+  const uint16_t* cells;
+};
+
 template <class T>
 struct Diagonal {
   int64_t n;
@@ -75,8 +87,8 @@ struct Diagonal {
 };
 
 template <class T>
-using OperatorForm =
-    std::variant<Dense<T>, Csr<T, int32_t>, Csr<T, int64_t>, Stencil<T>, FaceStencil<T>, Diagonal<T>, LowRank<T>>;
+using OperatorForm = std::variant<Dense<T>, Csr<T, int32_t>, Csr<T, int64_t>, Stencil<T>, FaceStencil<T>, Diagonal<T>,
+                                  LowRank<T>, Poisson<T>>;
 
 template <class T>
 struct OperatorTerm {

@@ -222,6 +222,59 @@ void face_rows(const FaceStencil<T>& A, double scale, const T* x, Out* y, Range 
   });
 }
 
+// Cells begin..end-1; all pointers are those of the vector's element `begin`. No branch but the links': a bit that is
+// not set leaves its neighbour unread in effect, whatever lies there.
+template <class Out, class T>
+KANTOR_SIMD void poisson_cells(const uint16_t* cells, const T* centre, const T* below, const T* above, const T* front,
+                               const T* back, int64_t n, double scale, Out* __restrict y, bool accumulate) {
+  const Out a = static_cast<Out>(scale);
+  const auto value = [=](int64_t i) KANTOR_INLINE_LAMBDA {
+    const unsigned cell = cells[i];
+    const Out sum_z = Out(cell & 1 ? below[i] : T(0)) + Out(cell & 2 ? above[i] : T(0));
+    const Out sum_y = Out(cell & 4 ? front[i] : T(0)) + Out(cell & 8 ? back[i] : T(0));
+    const Out sum_x = Out(cell & 16 ? centre[i - 1] : T(0)) + Out(cell & 32 ? centre[i + 1] : T(0));
+    const Out own = cell >> 8 ? Out(int(cell >> 8)) * Out(centre[i]) : Out(0);
+    return a * (own - (sum_x + (sum_y + sum_z)));
+  };
+  if (accumulate) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) y[i] += value(i);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) y[i] = value(i);
+  }
+}
+
+// Rows of the flat vector in stretches within which all neighbours, linked or not, lie inside the vector; a neighbour
+// that would lie outside is replaced by the cell itself, which costs nothing: no link points there.
+template <class Out, class T>
+void poisson_rows(const Poisson<T>& A, double scale, const T* x, Out* y, Range rows, bool accumulate) {
+  const int64_t plane = A.ny * A.nx, n = A.nz * plane;
+  const int64_t cuts[] = {1, A.nx, plane, n - plane, n - A.nx, n - 1, n};
+  for (int64_t i = rows.begin; i < rows.end;) {
+    int64_t end = rows.end;
+    for (const int64_t cut : cuts)
+      if (cut > i) end = std::min(end, cut);
+    const auto neighbour = [&](int64_t offset) {
+      return i + offset >= 0 && end - 1 + offset < n ? x + i + offset : x + i;
+    };
+    if (i == 0 || i == n - 1) {  // the neighbour to the left, or right, lies outside the vector
+      const unsigned cell = A.cells[i];
+      Out sum = cell >> 8 ? Out(int(cell >> 8)) * Out(x[i]) : Out(0);
+      const int64_t offsets[] = {-plane, plane, -A.nx, A.nx, -1, 1};
+      for (int side = 0; side < 6; ++side)
+        if (cell >> side & 1) sum -= Out(x[i + offsets[side]]);
+      Out& target = y[i - rows.begin];
+      target = static_cast<Out>(scale) * sum + (accumulate ? target : Out(0));
+      end = i + 1;
+    } else {
+      poisson_cells<Out, T>(A.cells + i, x + i, neighbour(-plane), neighbour(plane), neighbour(-A.nx), neighbour(A.nx),
+                            end - i, scale, y + (i - rows.begin), accumulate);
+    }
+    i = end;
+  }
+}
+
 template <class Out, class T>
 KANTOR_SIMD void diagonal_rows(const Diagonal<T>& A, double scale, const T* x, Out* __restrict y, Range rows,
                                bool accumulate) {
@@ -247,6 +300,7 @@ struct ApplyRows {
     void operator()(const FaceStencil<T>& A) const { face_rows(A, scale, x, y, rows, accumulate); }
     void operator()(const Diagonal<T>& A) const { diagonal_rows<Out, T>(A, scale, x, y, rows, accumulate); }
     void operator()(const LowRank<T>& A) const { low_rank_rows(A, scale, k, y, rows, accumulate); }
+    void operator()(const Poisson<T>& A) const { poisson_rows(A, scale, x, y, rows, accumulate); }
   };
 };
 
@@ -278,7 +332,8 @@ int64_t halo_of(const Operator<T>& A) {
             Overloaded{[](const Dense<T>& a) { return a.cols; }, [](const Csr<T, int32_t>& a) { return a.halo; },
                        [](const Csr<T, int64_t>& a) { return a.halo; }, [](const Stencil<T>& a) { return a.ny * a.nx; },
                        [](const FaceStencil<T>& a) { return a.ny * a.nx; },
-                       [](const Diagonal<T>&) { return int64_t{0}; }, [](const LowRank<T>&) { return int64_t{0}; }},
+                       [](const Diagonal<T>&) { return int64_t{0}; }, [](const LowRank<T>&) { return int64_t{0}; },
+                       [](const Poisson<T>& a) { return a.ny * a.nx; }},
             term.form));
   return halo;
 }
@@ -292,7 +347,7 @@ double words_per_row(const Operator<T>& A) {
                    [](const Csr<T, int32_t>& a) { return 1.5 * double(a.nnz) / double(std::max<int64_t>(a.rows, 1)); },
                    [](const Csr<T, int64_t>& a) { return 2.0 * double(a.nnz) / double(std::max<int64_t>(a.rows, 1)); },
                    [](const Stencil<T>&) { return 0.0; }, [](const FaceStencil<T>& a) { return a.fy ? 3.0 : 2.0; },
-                   [](const Diagonal<T>&) { return 1.0; },
+                   [](const Diagonal<T>&) { return 1.0; }, [](const Poisson<T>&) { return 2.0 / sizeof(T); },
                    [](const LowRank<T>& a) { return a.reads_once() ? 1.0 : double(a.rank); }},
         term.form);
   return words;

@@ -65,6 +65,17 @@ __device__ __forceinline__ Out row_product(const FaceStencil<T>& A, const T* x, 
 }
 
 template <class Out, class T>
+__device__ __forceinline__ Out row_product(const Poisson<T>& A, const T* x, int64_t i) {
+  const int64_t plane = A.ny * A.nx;
+  const unsigned cell = A.cells[i];
+  const auto linked = [&](unsigned bit, int64_t offset) { return cell & bit ? Out(x[i + offset]) : Out(0); };
+  const Out sum_z = linked(1, -plane) + linked(2, plane);
+  const Out sum_y = linked(4, -A.nx) + linked(8, A.nx);
+  const Out sum_x = linked(16, -1) + linked(32, 1);
+  return (cell >> 8 ? Out(int(cell >> 8)) * Out(x[i]) : Out(0)) - (sum_x + (sum_y + sum_z));
+}
+
+template <class Out, class T>
 __device__ __forceinline__ Out row_product(const Diagonal<T>& A, const T* x, int64_t i) {
   return Out(A.values[i]) * Out(x[i]);
 }

@@ -11,6 +11,7 @@ from kantor.linalg.diagonal import Diagonal
 from kantor.linalg.low_rank import LowRank
 from kantor.linalg.multishift_cg import MultishiftResult, multishift_cg
 from kantor.linalg.nystrom import NystromPreconditioner, nystrom
+from kantor.linalg.poisson_grid import PoissonGrid
 from kantor.linalg.preconditioners import ic0, jacobi
 from kantor.linalg.stencil import Stencil
 
@@ -25,6 +26,7 @@ __all__ = [
     "LowRank",
     "MultishiftResult",
     "NystromPreconditioner",
+    "PoissonGrid",
     "SolveResult",
     "SolveStatus",
     "Stencil",

@@ -28,8 +28,11 @@ from kantor import _C
 from kantor._checks import host, is_readable
 from kantor._ops import Context, backend, declare
 
-DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY, LOW_RANK = range(7)
-_META = {DENSE: 2, CSR: 3, STENCIL: 6, FACES: 4, DIAGONAL: 1, LOW_RANK: 2}  # integers after the kind, per term
+DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY, LOW_RANK, POISSON = range(8)
+# Integers after the kind, per term.
+_META = {DENSE: 2, CSR: 3, STENCIL: 6, FACES: 4, DIAGONAL: 1, LOW_RANK: 2, POISSON: 3}
+
+_GRIDS = (STENCIL, FACES, POISSON)
 
 # Columns of the `info` output of cg: struct CgState in csrc/linalg/cg.h.
 STATUS, ITERATIONS, RESIDUAL_NORM, B_NORM, CURVATURE, HISTORY_STRIDE, HISTORY_COUNT, RESTARTS = range(8)
@@ -54,7 +57,7 @@ class Term(NamedTuple):
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self.meta[0] * self.meta[1] * self.meta[2] if self.kind in (STENCIL, FACES) else self.meta[0]
+        return self.meta[0] * self.meta[1] * self.meta[2] if self.kind in _GRIDS else self.meta[0]
 
     @property
     def cols(self) -> int:
@@ -68,7 +71,8 @@ def split_terms(operands: Sequence[Any], layout: Sequence[int]) -> list[Term]:
     while at < len(layout):
         kind = layout[at]
         meta = list(layout[at + 1 : at + 1 + _META[kind]])
-        count = {DENSE: 1, CSR: 3, STENCIL: 1, FACES: 4 if meta[-1] == 3 else 3, DIAGONAL: 1, LOW_RANK: 2}[kind]
+        counts = {DENSE: 1, CSR: 3, STENCIL: 1, FACES: meta[-1] + 1, DIAGONAL: 1, LOW_RANK: 2, POISSON: 1}
+        count = counts[kind]
         terms.append(Term(kind, meta, list(operands[used : used + count])))
         at += 1 + len(meta)
         used += count
@@ -97,6 +101,8 @@ def _outer_term(term: Term, scale: float, u: Tensor, v: Tensor) -> list[Tensor |
         crow, col, _ = term.operands
         rows = csr_rows(crow, col.numel())
         return [None, None, scale * (u.mT.index_select(0, rows) * v.mT.index_select(0, col)).sum(-1)]
+    if term.kind == POISSON:
+        return [None]
     if term.kind == DIAGONAL:
         return [scale * (u * v).sum(0)]
     if term.kind == LOW_RANK:

@@ -130,6 +130,20 @@ class LinearOperator:
         """Return the operator with its entries converted to another floating-point dtype."""
         raise TypeError(f"{type(self).__name__} cannot change its dtype")
 
+    def admit(self, b: Tensor, name: str) -> Tensor:
+        """Return the right-hand side ``(..., n)`` that a solver works on: `b`, or its part in the operator's range.
+
+        Raises
+        ------
+        ValueError
+            The system has no solution; the message starts with `name`, the solver's.
+        """
+        return b
+
+    def settle(self, x: Tensor) -> Tensor:
+        """Return the solution ``(..., n)`` that a solver hands out: `x`, or the one of several that is meant."""
+        return x
+
     def asymmetry(self) -> tuple[float, str]:
         """Return how far the operator is from symmetric, relative to its entries, and where.
 

@@ -151,14 +151,15 @@ def cg(
     operator = as_operator(A, like=b if b.ndim else None)
     flat, restore = _flatten(operator, b)
     _check_arguments(operator, b, x0, rtol, atol, maxiter, storage, interrupt)
-    start = None if x0 is None else x0.reshape(flat.shape)
+    flat = operator.admit(flat, "cg")
+    start = None if x0 is None else operator.settle(x0.reshape(flat.shape))
     preconditioner = as_preconditioner(M, operator, flat)
     limit = 10 * flat.shape[-1] if maxiter is None else min(int(maxiter), 2**62)
     problem = _Problem(operator, preconditioner, flat, start, float(rtol), float(atol), limit)
 
     if not all(is_readable(tensor) for tensor in problem.tensors):
         x, direction, _, _ = problem.solve_traced()
-        return _unchecked(restore(x))
+        return _unchecked(restore(operator.settle(x)))
     if not problem.is_native and any(map(torch._C._functorch.is_functorch_wrapped_tensor, problem.tensors)):
         raise TypeError(
             "cg: inside torch.func operator and preconditioner must be native; torch.autograd takes callables"
@@ -178,6 +179,7 @@ def cg(
             x, direction, info, history = problem.solve(storage, wants_gradient)
         finally:
             hooks.reset(token)
+    x = operator.settle(x)
     result = _make_result(operator, b, restore, x, direction, info, history, rtol, atol, time.perf_counter() - started)
     if not result.converged and result.status is not SolveStatus.STOPPED:
         if result.status is not SolveStatus.INTERRUPTED:

@@ -14,6 +14,7 @@ from kantor.linalg import _native
 from kantor.linalg._native import INCOMPLETE_CHOLESKY, Encoded
 from kantor.linalg._operator import LinearOperator, as_operator
 from kantor.linalg.diagonal import Diagonal
+from kantor.linalg.poisson_grid import PoissonGrid
 
 _SHIFTS = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
@@ -33,7 +34,11 @@ def jacobi(A: Any) -> Diagonal:
     TypeError
         The operator does not know its diagonal.
     """
-    diagonal = as_operator(A).diagonal().detach()
+    operator = as_operator(A)
+    diagonal = operator.diagonal().detach()
+    if isinstance(operator, PoissonGrid):  # cells that are no unknowns have no diagonal
+        inverse = 1 / diagonal
+        return Diagonal(torch.where(diagonal > 0, inverse, torch.zeros_like(inverse)))
     if is_readable(diagonal) and bool((diagonal <= 0).any()):
         row = int((diagonal <= 0).nonzero()[0])
         raise ValueError(
@@ -107,7 +112,8 @@ def ic0(A: Any) -> IncompleteCholesky:
     -----
     O(nnz * entries per row) once, on one host thread; each application reads the factor twice.
     """
-    matrix = as_operator(A).to_csr()
+    operator = as_operator(A)
+    matrix = operator.to_csr(compressed=False) if isinstance(operator, PoissonGrid) else operator.to_csr()
     n = matrix.shape[0]
     if matrix.shape[1] != n:
         raise ValueError(f"ic0: A: expected a square matrix, got {matrix.shape}")
