@@ -92,6 +92,27 @@ class OperatorReader {
     return M;
   }
 
+  Multigrid multigrid() {
+    ++scale_;
+    require(next() == int64_t(OperatorKind::multigrid), "preconditioner: expected a multigrid hierarchy");
+    const int64_t n = next(), width = next(), smoother = next(), sweeps = next(), levels = next();
+    require(levels >= 1 && levels <= 64 && sweeps >= 1 && (width == 4 || width == 8), "multigrid: malformed layout");
+    std::vector<LevelLayout> layouts(static_cast<size_t>(levels));
+    for (LevelLayout& layout : layouts)
+      for (int64_t i = 0; i < level_layout_size; ++i) reinterpret_cast<int64_t*>(&layout)[i] = next();
+    const Tensor& arena_tensor = operand_at(0);
+    const auto* arena = reinterpret_cast<const std::byte*>(operand<const uint8_t>(arena_tensor.size()));
+    void* workspace = operand<uint8_t>(operand_at(0).size());
+    Multigrid M{{}, workspace};
+    const auto smoothing = static_cast<GridSmoother>(smoother);
+    if (width == 4)
+      M.hierarchy = hierarchy_view<float>(layouts, arena, smoothing, sweeps);
+    else
+      M.hierarchy = hierarchy_view<double>(layouts, arena, smoothing, sweeps);
+    require(M.n() == n, "multigrid: the layout does not match its first level");
+    return M;
+  }
+
   template <class T>
   Operator<T> whole_operator() {
     Operator<T> A;
@@ -197,6 +218,7 @@ Preconditioner<T> read_preconditioner(const OperatorArgs& args, const Tensor& li
   OperatorReader reader(args, like);
   if (reader.done()) return std::monostate{};
   if (reader.peek() == int64_t(OperatorKind::incomplete_cholesky)) return reader.incomplete_cholesky<T>();
+  if (reader.peek() == int64_t(OperatorKind::multigrid)) return reader.multigrid();
   Operator<T> M = reader.whole_operator<T>();
   if (M.terms.size() == 1 && M.terms.front().scale == 1.0)
     if (const auto* d = std::get_if<Diagonal<T>>(&M.terms.front().form)) return *d;

@@ -65,6 +65,9 @@ class BlockPasses {
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) {
       for (int64_t k = 0; k < batch_; ++k)
         if (active(k)) solve_incomplete_cholesky_cpu(team_, *factor, r + k * n, work + k * n, z + k * n);
+    } else if (const auto* multigrid = std::get_if<Multigrid>(&M)) {
+      for (int64_t k = 0; k < batch_; ++k)
+        if (active(k)) apply_multigrid_cpu(team_, *multigrid, r + k * n, z + k * n);
     } else if (const auto* callback = std::get_if<Callback>(&M)) {
       (*callback)();
     }

@@ -33,6 +33,7 @@ enum class OperatorKind : int64_t {
   incomplete_cholesky = 5,
   low_rank = 6,
   poisson = 7,
+  multigrid = 8,
 };
 
 template <class T>

@@ -1,10 +1,13 @@
 // Preconditioners z = M r as the CG family sees them. Encoded like operators (operator.h), plus
 //   incomplete Cholesky  layout [5, n, levels]
 //     operands  L: crow, col, values; L': crow, col, values; level pointers (levels + 1); rows (n)
+//   multigrid            layout [8, n, width, smoother, sweeps, levels, levels x LevelLayout]
+//     operands  arena (uint8), workspace (uint8); elements of the cycle have `width` bytes, 4 or 8
 #pragma once
 #include <functional>
 #include <variant>
 
+#include "linalg/multigrid.h"
 #include "linalg/operator.h"
 
 namespace kantor {
@@ -31,8 +34,30 @@ struct IncompleteCholesky {
 using Callback = std::function<void()>;
 
 // monostate: no preconditioner, z is r.
+// The hierarchy in the precision of the cycle, and its workspace.
+struct Multigrid {
+  std::variant<Hierarchy<float>, Hierarchy<double>> hierarchy;
+  void* workspace;
+  int64_t n() const {
+    return std::visit([](const auto& M) { return M.n(); }, hierarchy);
+  }
+};
+
 template <class T>
-using Preconditioner = std::variant<std::monostate, Diagonal<T>, IncompleteCholesky<T>, Operator<T>, Callback>;
+using Preconditioner =
+    std::variant<std::monostate, Diagonal<T>, IncompleteCholesky<T>, Operator<T>, Callback, Multigrid>;
+
+// z = M r for one vector.
+template <class T>
+void apply_multigrid_cpu(Team& team, const Multigrid& M, const T* r, T* z) {
+  std::visit([&]<class S>(const Hierarchy<S>& h) { multigrid_cpu(team, h, r, static_cast<S*>(M.workspace), z); },
+             M.hierarchy);
+}
+template <class T>
+void apply_multigrid_cuda(const Exec& exec, const Multigrid& M, const T* r, T* z) {
+  std::visit([&]<class S>(const Hierarchy<S>& h) { multigrid_cuda(exec, h, r, static_cast<S*>(M.workspace), z); },
+             M.hierarchy);
+}
 
 // z = (L L')^-1 r, level by level; `work` holds n elements and may not overlap r or z. 6 words a row beside the factor,
 // which is read twice (lower and upper half).

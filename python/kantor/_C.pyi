@@ -109,6 +109,23 @@ def csr_transpose(crow: Tensor, col: Tensor, t_crow: Tensor, t_col: Tensor, perm
 def csr_asymmetry(crow: Tensor, col: Tensor, values: Tensor) -> tuple[float, int, int]: ...  # |a_ij - a_ji|, i, j
 def ic0_factor(crow: Tensor, col: Tensor, values: Tensor, shift: float, factor: Tensor) -> int: ...
 def level_schedule(crow: Tensor, col: Tensor, pointers: Tensor, rows: Tensor) -> int: ...
+level_layout_size: int  # integers that describe a level of multigrid
+
+# The arena and the levels' layout; host tensors.
+def multigrid_setup(
+    operands: Sequence[Tensor],
+    nz: int,
+    ny: int,
+    nx: int,
+    single_precision: bool,
+    walls: bool,
+    stencils: Tensor | None,  # float64 (levels, 27)
+    scales: Tensor | None,  # float64 (levels,)
+    threads: int,
+) -> tuple[Any, list[int]]: ...
+def multigrid_workspace(layout: Sequence[int], threads: int) -> int: ...  # bytes
+def multigrid_apply(operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, z: Tensor, threads: int) -> None: ...
+
 # The number of closed components; writes their labels, int32, -1 elsewhere. Host tensors.
 def closed_components(cells: Tensor, labels: Tensor, nz: int, ny: int, nx: int) -> int: ...
 def ic0_solve(

@@ -28,7 +28,7 @@ from kantor import _C
 from kantor._checks import host, is_readable
 from kantor._ops import Context, backend, declare
 
-DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY, LOW_RANK, POISSON = range(8)
+DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY, LOW_RANK, POISSON, MULTIGRID = range(9)
 # Integers after the kind, per term.
 _META = {DENSE: 2, CSR: 3, STENCIL: 6, FACES: 4, DIAGONAL: 1, LOW_RANK: 2, POISSON: 3}
 
@@ -197,7 +197,8 @@ def _low_rank_tangent(F: Tensor, w: Tensor, dF: Tensor | None, dw: Tensor | None
 def projections(A: Encoded, M: Encoded | None, batch: int, like: Tensor) -> Tensor | None:
     """Workspace for the low-rank terms of an operator and a preconditioner; None where there are none."""
     layouts = [A.layout] if M is None else [A.layout, M.layout]
-    size = sum(backend().projections_size(layout) for layout in layouts if LOW_RANK in layout)
+    sums = [layout for layout in layouts if layout[:1] not in ([INCOMPLETE_CHOLESKY], [MULTIGRID])]
+    size = sum(backend().projections_size(layout) for layout in sums if LOW_RANK in layout)
     return like.new_empty(batch * size, dtype=torch.float64) if size else None
 
 
@@ -470,5 +471,26 @@ ic0_solve: Callable[..., Tensor] = declare(
     # M = (L L')^-1 is symmetric; the factor itself is not differentiated.
     backward=lambda ctx, grad: (None, None, ic0_solve(*ctx.inputs[:2], grad)),
     jvp=lambda ctx, d_operands, d_layout, dr: ic0_solve(*ctx.inputs[:2], dr),
+    batched=("r",),
+)
+
+
+# --- multigrid --------------------------------------------------------------------------------------------------------
+
+
+def _multigrid_forward(operands: list[Tensor], layout: list[int], r: Tensor) -> Tensor:
+    z = torch.empty(r.shape, dtype=r.dtype, device=r.device)
+    if r.numel():
+        backend().multigrid_apply(operands, layout, r, z, torch.get_num_threads())
+    return z
+
+
+multigrid: Callable[..., Tensor] = declare(
+    "multigrid(Tensor[] operands, int[] layout, Tensor r) -> Tensor",
+    forward=_multigrid_forward,
+    fake=lambda operands, layout, r: r.new_empty(r.shape),
+    # The cycle is symmetric; the levels are not differentiated.
+    backward=lambda ctx, grad: (None, None, multigrid(*ctx.inputs[:2], grad)),
+    jvp=lambda ctx, d_operands, d_layout, dr: multigrid(*ctx.inputs[:2], dr),
     batched=("r",),
 )
