@@ -32,6 +32,7 @@ struct DirectionNet {
   const float* const* biases = nullptr;   // the head's (1, C). A null array or a null entry: no bias
   const uint8_t* mask = nullptr;          // grid, nonzero on fluid cells; null: everywhere
   NetPrecision precision = NetPrecision::f32;
+  int widest = 512;  // bits of the vectors that the CPU may use: 512, 256 or 128
 
   int64_t cells() const { return grid[0] * grid[1] * grid[2]; }
   int taps() const { return dims == 3 ? 27 : 9; }
