@@ -94,7 +94,21 @@ class Run {
     product.m = m_;
     for (int64_t plane = planes.begin; plane < planes.end; ++plane)
       product.v[plane - planes.begin] = v(plane, block).data;
+    look_ahead(z, block, product);
     kernels_.multiply(product);
+  }
+
+  // While plane z is multiplied: the inputs of the plane that the next one takes first, and the rows to be written.
+  void look_ahead(int64_t z, int64_t block, Product& product) const {
+    const Range tiles = level().tiles_of(block);
+    const int64_t cell = int64_t{layer_.channels} * kernels_.element, begin = 2 * tiles.begin * cell;
+    product.ahead_bytes = std::min(2 * tiles.size(), level().grid[2] - 2 * tiles.begin) * cell;
+    const auto ahead = [&](int i, const void* row) {
+      product.ahead[i] = row ? static_cast<const char*>(row) + begin : nullptr;
+    };
+    for (int i = 0; i < 4; ++i) ahead(i, row(layer_.in, level().grid, z + 2, 2 * strip_ - 1 + i));
+    for (int i = 0; i < 2; ++i)
+      ahead(4 + i, row(static_cast<const void*>(layer_.out), level().grid, z, 2 * strip_ + i));
   }
 
   void output(int64_t z, int64_t block) {

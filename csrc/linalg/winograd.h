@@ -50,6 +50,9 @@ struct Product {
   int groups;  // of channels, in and out
   const void* u;
   float* m;
+  // Rows that are wanted next, brought closer meanwhile; null: none.
+  const void* ahead[6];
+  int64_t ahead_bytes;  // of each
 };
 
 // Y of one block in one plane.

@@ -62,6 +62,14 @@ KANTOR_TARGET void transform(const InputBlock& block) {
   }
 }
 
+// One 16th of the lines of the rows ahead.
+KANTOR_INLINE void prefetch(const Product& product, int64_t k) {
+  for (const void* row : product.ahead)
+    if (row)
+      for (int64_t at = 64 * k; at < product.ahead_bytes; at += 64 * frequencies)
+        __builtin_prefetch(static_cast<const char*>(row) + at);
+}
+
 // For every frequency a product of matrices, (tiles x channels in) (channels in x lanes), its result in registers: one
 // vector of weights is read for `tiles` multiply-adds, whose other operand is broadcast from memory.
 template <class Isa, int tiles>
@@ -74,6 +82,7 @@ KANTOR_TARGET void multiply_tiles(const Product& product) {
   float* m = product.m;
   for (int out = 0; out < groups; ++out)
     for (int64_t k = 0; k < frequencies; ++k, u += skipped, m += tiles * Isa::lanes) {
+      if (out == 0) prefetch(product, k);
       typename Isa::Vector sum[tiles];
 #pragma GCC unroll 16
       for (int t = 0; t < tiles; ++t) sum[t] = Isa::zero();
