@@ -26,6 +26,7 @@ struct Level {
 struct ConvLayer {
   const WinogradKernels* kernels;
   Level level;
+  int terms;     // channels that there are, a multiple of 4
   int channels;  // padded
   const void* u;
   const float* bias;      // null: none

@@ -89,6 +89,7 @@ class Run {
     product.all_taps = level().dims == 3 ? 3 : 1;
     product.skipped = product.all_taps == 3 && z == 0;
     product.tiles = static_cast<int>(level().tiles_of(block).size());
+    product.terms = layer_.terms;
     product.groups = layer_.channels / kernels_.lanes;
     product.u = layer_.u;
     product.m = m_;

@@ -3,7 +3,8 @@
 //   Accumulator what a thread holds of its warp's 16 columns, `planes` planes and `group` channels
 //   load()      brings the input into shared memory; halo_bytes is what that takes
 //   sum()       adds up, then stage() writes the sums to shared memory as float32 activations of the tile
-//   weight_of() which weight is number i in the order in which sum() reads them
+//   Weight, weight_of(), weight()   the type of the weights, which of them is number i in the order in which sum()
+//               reads them, and a float as such
 // Every sum runs over (middle tap, tap in x, channels of a step, tap in z) in this order, whatever the tile.
 #pragma once
 #include <cstdint>
@@ -37,6 +38,11 @@ struct TensorCoreSum {
     load_activation<Tile, Element>(a, o, shared);
   }
 
+  using Weight = std::conditional_t<bf16, uint16_t, uint32_t>;
+  static __device__ __forceinline__ Weight weight(float value) {
+    if constexpr (bf16) return to_bf16(value);
+    return static_cast<Weight>(to_tf32(static_cast<uint32_t>(__float_as_int(value))));
+  }
   // A step's weights lie as its lanes hold them: (tap, group, step, lane, slice, element).
   static __device__ __forceinline__ WeightIndex weight_of(int i) {
     const int element = i % elements, slice = i / elements % slices, lane = i / (elements * slices) % 32;
@@ -64,13 +70,15 @@ struct TensorCoreSum {
           b[dz] = w[((dz * Tile::middle_taps * 3 + side) * Tile::groups * steps + step) * 32];
         // Cell + 8, the other row of a fragment, and the other planes have the same order of chunks.
         const int byte = (step * depth + t * elements) * int{sizeof(Element)};
-        const auto* line = static_cast<const unsigned char*>(shared) + chunk_place<chunks>(cell, byte / 16) * 16 + byte % 16;
+        const auto* line =
+            static_cast<const unsigned char*>(shared) + chunk_place<chunks>(cell, byte / 16) * 16 + byte % 16;
 #pragma unroll
         for (int plane = 0; plane < Tile::halo_planes; ++plane) {
           Fragment<kind> fragment[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            fragment[half] = *reinterpret_cast<const Fragment<kind>*>(line + (plane * Tile::plane_stride + half * 8) * cell_bytes);
+            fragment[half] =
+                *reinterpret_cast<const Fragment<kind>*>(line + (plane * Tile::plane_stride + half * 8) * cell_bytes);
             if constexpr (!bf16)
               for (uint32_t& word : fragment[half].at) word = to_tf32(word);
           }
@@ -141,7 +149,8 @@ struct PlainAccumulator {
 #pragma unroll
       for (int i = 0; i < channels; i += 4) {
         float* to = shared + chunk_place<Tile::channels / 4>(cell, (first + i) / 4) * 4;
-        *reinterpret_cast<float4*>(to) = make_float4(at[plane][i], at[plane][i + 1], at[plane][i + 2], at[plane][i + 3]);
+        *reinterpret_cast<float4*>(to) =
+            make_float4(at[plane][i], at[plane][i + 1], at[plane][i + 2], at[plane][i + 3]);
       }
     }
   }
@@ -159,6 +168,8 @@ struct FloatSum {
     load_activation<Tile, float>(a, o, shared);
   }
 
+  using Weight = float;
+  static __device__ __forceinline__ Weight weight(float value) { return value; }
   static __device__ __forceinline__ WeightIndex weight_of(int i) {  // (tap, in, out)
     return {i % Tile::channels, i / Tile::channels % Tile::channels, i / (Tile::channels * Tile::channels)};
   }
@@ -177,7 +188,8 @@ struct FloatSum {
         const float4* line = input + chunk_place<chunks>(cell, chunk);
 #pragma unroll
         for (int dz = 0; dz < 3; ++dz) {
-          const float* from = weights + ((dz * Tile::middle_taps * 3 + side) * Tile::channels + 4 * chunk) * Tile::channels;
+          const float* from =
+              weights + ((dz * Tile::middle_taps * 3 + side) * Tile::channels + 4 * chunk) * Tile::channels;
           float w[4][Accumulator::channels];
 #pragma unroll
           for (int in = 0; in < 4; ++in) Accumulator::read(from + in * Tile::channels, w[in]);
@@ -215,6 +227,8 @@ struct FirstSum {
     load_residual<Tile>(a, o, static_cast<float*>(shared));
   }
 
+  using Weight = float;
+  static __device__ __forceinline__ Weight weight(float value) { return value; }
   static __device__ __forceinline__ WeightIndex weight_of(int i) { return {i % Tile::channels, 0, i / Tile::channels}; }
 
   static __device__ __forceinline__ void sum(const Convolution& a, const void* shared, Accumulator& c) {

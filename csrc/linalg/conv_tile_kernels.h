@@ -24,9 +24,7 @@ struct Grid {
   KANTOR_HD int64_t cell(int64_t batch, int z, int y, int x) const {
     return ((batch * nz + z) * ny + y) * int64_t{nx} + x;
   }
-  KANTOR_HD bool has(int z, int y, int x) const {
-    return 0 <= z && z < nz && 0 <= y && y < ny && 0 <= x && x < nx;
-  }
+  KANTOR_HD bool has(int z, int y, int x) const { return 0 <= z && z < nz && 0 <= y && y < ny && 0 <= x && x < nx; }
   KANTOR_HD int64_t cells() const { return int64_t{nz} * ny * nx; }
 };
 

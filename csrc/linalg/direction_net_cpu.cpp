@@ -228,6 +228,7 @@ class Inference {
     const int layer = layer_++;
     ConvLayer conv{&plan_.kernels,
                    plan_.level(layer),
+                   net_.channels,
                    plan_.channels,
                    prepared_ + plan_.u(layer),
                    floats(plan_.bias(layer)),

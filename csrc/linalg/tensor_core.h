@@ -131,10 +131,10 @@ __device__ void multiply_add(float (&)[4], const Fragment<kind> (&)[2], const Fr
 
 __device__ __forceinline__ void copy_16_async(void* to, const void* from, bool inside) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(inside ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(inside ? 16 : 0)
+      : "memory");
 #else
   Words<4> value{};
   if (inside) value = *static_cast<const Words<4>*>(from);

@@ -12,7 +12,7 @@
 // Layout: activations are channels-last, (z, y, x, channel), without padding; channels are padded to whole vectors of
 // `lanes`. Two rows of outputs are a strip, a strip is cut into blocks of up to `most_tiles` tiles:
 //   V of a block and plane   (k, group of lanes, tile, lane)
-//   U of a convolution       (group of lanes out, k, tap in z, channel in / pack, lane, pack)
+//   U of a convolution       (group of lanes out, k, tap in z, channel in / pack, lane, pack), no padding in
 //   M of a block             (group of lanes out, k, tile, lane), float
 #pragma once
 #include <cstddef>
@@ -47,6 +47,7 @@ struct Product {
   int skipped;   // taps in z before the first of them
   int all_taps;  // in z: 3, or 1
   int tiles;
+  int terms;   // channels in, without padding: a multiple of 4
   int groups;  // of channels, in and out
   const void* u;
   float* m;

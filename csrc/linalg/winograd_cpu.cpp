@@ -35,11 +35,11 @@ void transform_weights(const float* g, double (&u)[frequencies]) {
 
 size_t winograd_weight_bytes(const WinogradKernels& kernels, int channels, int planes) {
   const size_t padded = padded_channels(kernels, channels);
-  return padded * padded * frequencies * planes * kernels.element;
+  return padded * channels * frequencies * planes * kernels.element;
 }
 
 void winograd_weights(const WinogradKernels& kernels, int channels, int planes, const float* weights, void* u) {
-  const int64_t padded = padded_channels(kernels, channels), lanes = kernels.lanes, pack = kernels.pack;
+  const int64_t lanes = kernels.lanes, pack = kernels.pack;
   std::memset(u, 0, winograd_weight_bytes(kernels, channels, planes));
   for (int64_t out = 0; out < channels; ++out)
     for (int64_t in = 0; in < channels; ++in)
@@ -47,7 +47,7 @@ void winograd_weights(const WinogradKernels& kernels, int channels, int planes, 
         double transformed[frequencies];
         transform_weights(weights + ((out * channels + in) * planes + plane) * 9, transformed);
         for (int64_t k = 0; k < frequencies; ++k) {
-          const int64_t position = ((out / lanes * frequencies + k) * planes + plane) * padded * lanes +
+          const int64_t position = ((out / lanes * frequencies + k) * planes + plane) * channels * lanes +
                                    (in / pack * lanes + out % lanes) * pack + in % pack;
           if (kernels.element == 2)
             static_cast<uint16_t*>(u)[position] = to_bf16(static_cast<float>(transformed[k]));

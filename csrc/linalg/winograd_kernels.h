@@ -76,7 +76,7 @@ template <class Isa, int tiles>
 KANTOR_TARGET void multiply_tiles(const Product& product) {
   using Element = typename Isa::Element;
   const int groups = product.groups, planes = product.planes;
-  const int64_t v_size = int64_t{groups} * tiles * Isa::lanes, tap_size = int64_t{groups} * Isa::lanes * Isa::lanes;
+  const int64_t v_size = int64_t{groups} * tiles * Isa::lanes, tap_size = int64_t{product.terms} * Isa::lanes;
   const Element* u = static_cast<const Element*>(product.u) + product.skipped * tap_size;
   const int64_t skipped = (product.all_taps - planes) * tap_size;
   float* m = product.m;
@@ -88,12 +88,15 @@ KANTOR_TARGET void multiply_tiles(const Product& product) {
       for (int t = 0; t < tiles; ++t) sum[t] = Isa::zero();
       for (int plane = 0; plane < planes; ++plane) {
         const Element* v = static_cast<const Element*>(product.v[plane]) + k * v_size;
-        for (int in = 0; in < groups; ++in, v += tiles * Isa::lanes) {
+        for (int in = 0; in < product.terms; in += Isa::lanes, v += tiles * Isa::lanes) {
+          const int channels = std::min(Isa::lanes, product.terms - in);
+          for (int c = 0; c < channels; c += 4) {
+#pragma GCC unroll 4
+            for (int i = c; i < c + 4; i += Isa::pack, u += Isa::lanes * Isa::pack) {
+              const auto w = Isa::weight(u);
 #pragma GCC unroll 16
-          for (int c = 0; c < Isa::lanes; c += Isa::pack, u += Isa::lanes * Isa::pack) {
-            const auto w = Isa::weight(u);
-#pragma GCC unroll 16
-            for (int t = 0; t < tiles; ++t) sum[t] = Isa::mac(sum[t], v + t * Isa::lanes + c, w);
+              for (int t = 0; t < tiles; ++t) sum[t] = Isa::mac(sum[t], v + t * Isa::lanes + i, w);
+            }
           }
         }
       }
