@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bind/dispatch.h"
 #include "bind/tensor_caster.h"
 
@@ -35,20 +37,23 @@ void read_mask(DirectionNet& net, const std::optional<Tensor>& mask) {
   require(mask->size() == net.cells(), "direction_net: mask: expected as many elements as the grid has cells");
 }
 
-int64_t bind_prepared_bytes(const Layout& layout, bool masked, bool cuda) {
+// `like` only says where the network will run.
+int64_t bind_prepared_bytes(const Layout& layout, bool masked, const Tensor& like) {
   DirectionNet net = read_net(layout);
   const uint8_t some = 1;
-  if (masked) net.mask = &some;  // only whether there is one
+  if (masked) net.mask = &some;
   if constexpr (cuda_code_built)
-    if (cuda) return static_cast<int64_t>(direction_net_prepared_bytes_cuda(net));
+    if (use_cuda_code(like)) return static_cast<int64_t>(direction_net_prepared_bytes_cuda(net));
+  (void)use_cuda_code(like);
   return static_cast<int64_t>(direction_net_prepared_bytes_cpu(net));
 }
 
-int64_t bind_workspace(const Layout& layout, int64_t batch, int threads, bool cuda) {
+int64_t bind_workspace_bytes(const Layout& layout, int64_t batch, const Tensor& like, int threads) {
   const DirectionNet net = read_net(layout);
   if constexpr (cuda_code_built)
-    if (cuda) return static_cast<int64_t>(direction_net_workspace_cuda(net, batch));
-  return static_cast<int64_t>(direction_net_workspace_cpu({threads}, net, batch));
+    if (use_cuda_code(like)) return static_cast<int64_t>(direction_net_workspace_cuda(net, batch));
+  (void)use_cuda_code(like);
+  return static_cast<int64_t>(direction_net_workspace_cpu(exec_for(like, threads), net, batch));
 }
 
 void bind_prepare(const Layout& layout, const std::vector<Tensor>& weights,
@@ -110,7 +115,7 @@ void bind_inference(const Layout& layout, const Tensor& prepared, const std::opt
 
 void bind_direction_net(py::module_& m) {
   m.def("direction_net_prepared_bytes", &bind_prepared_bytes);
-  m.def("direction_net_workspace_bytes", &bind_workspace);
+  m.def("direction_net_workspace_bytes", &bind_workspace_bytes);
   m.def("prepare_direction_net", &bind_prepare);
   m.def("direction_net", &bind_inference);
 }
