@@ -108,7 +108,17 @@ void bind_inference(const Layout& layout, const Tensor& prepared, const std::opt
   (void)use_cuda_code(r);
   require(memory.size() >= direction_net_prepared_bytes_cpu(net), "direction_net: prepared: too small");
   require(work.size() >= direction_net_workspace_cpu(exec, net, batch), "direction_net: workspace: too small");
-  direction_net_cpu(exec, net, memory.data(), batch, rs.data(), qs.data(), work.data());
+  // A layer of a large grid takes tens of milliseconds.
+  const auto interrupted = [] {
+    const py::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;
+  };
+  std::function<bool()> poll;
+  if (net.cells() >= int64_t{1} << 20) poll = interrupted;
+  if (!direction_net_cpu(exec, net, memory.data(), batch, rs.data(), qs.data(), work.data(), poll)) {
+    const py::gil_scoped_acquire gil;
+    throw py::error_already_set();
+  }
 }
 
 }  // namespace

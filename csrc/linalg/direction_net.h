@@ -15,6 +15,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
 #include "core/exec.h"
 
@@ -58,10 +59,11 @@ size_t direction_net_prepared_bytes_cuda(const DirectionNet& net);
 void prepare_direction_net_cuda(const Exec& exec, const DirectionNet& net, void* prepared);  // all pointers on device
 
 // q = net(r), both (batch, grid) and float32. Nothing is allocated; the workspace holds two activations of the fine
-// level and two of the coarse one and need not be set to anything. CPU: the same bits for any number of threads.
+// level and two of the coarse one and need not be set to anything. CPU: the same bits for any number of threads;
+// `interrupted` is asked between layers whether to stop, upon which the result is false and q unfinished.
 size_t direction_net_workspace_cpu(const Exec& exec, const DirectionNet& net, int64_t batch);
-void direction_net_cpu(const Exec& exec, const DirectionNet& net, const void* prepared, int64_t batch, const float* r,
-                       float* q, void* workspace);
+bool direction_net_cpu(const Exec& exec, const DirectionNet& net, const void* prepared, int64_t batch, const float* r,
+                       float* q, void* workspace, const std::function<bool()>& interrupted = {});
 size_t direction_net_workspace_cuda(const DirectionNet& net, int64_t batch);
 void direction_net_cuda(const Exec& exec, const DirectionNet& net, const void* prepared, int64_t batch, const float* r,
                         float* q, void* workspace);  // on exec.stream: no allocation, no synchronisation, capturable

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -305,3 +309,19 @@ def test_gradients_are_refused() -> None:
         packed(r)
     with torch.enable_grad(), pytest.raises(ValueError, match="at least 2 dimensions"):
         packed(torch.randn(80))
+
+
+def test_control_c_ends_a_long_inference() -> None:
+    packed, r = PackedNet(Net(3, 32, (5, 1, 9))), torch.randn(128, 128, 64)
+
+    def raise_signal() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=raise_signal)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            packed(r)
+    thread.join()
+    assert len(packed._workspaces) == 1
