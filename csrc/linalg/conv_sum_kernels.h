@@ -59,37 +59,37 @@ struct TensorCoreSum {
     for (auto& plane : c.at)
       for (auto& slice : plane)
         for (float& value : slice) value = 0;
-#pragma unroll 1
+    KANTOR_KEEP_LOOP
     for (int side = 0; side < Tile::middle_taps * 3; ++side) {  // (middle tap, tap in x)
       const int cell = Tile::halo_cell(0, at.row + side / 3, at.column + side % 3 + g);
-#pragma unroll
+      KANTOR_UNROLL
       for (int step = 0; step < steps; ++step) {
         Slices b[3];
-#pragma unroll
+        KANTOR_UNROLL
         for (int dz = 0; dz < 3; ++dz)
           b[dz] = w[((dz * Tile::middle_taps * 3 + side) * Tile::groups * steps + step) * 32];
         // Cell + 8, the other row of a fragment, and the other planes have the same order of chunks.
         const int byte = (step * depth + t * elements) * int{sizeof(Element)};
         const auto* line =
             static_cast<const unsigned char*>(shared) + chunk_place<chunks>(cell, byte / 16) * 16 + byte % 16;
-#pragma unroll
+        KANTOR_UNROLL
         for (int plane = 0; plane < Tile::halo_planes; ++plane) {
           Fragment<kind> fragment[2];
-#pragma unroll
+          KANTOR_UNROLL
           for (int half = 0; half < 2; ++half) {
             fragment[half] =
                 *reinterpret_cast<const Fragment<kind>*>(line + (plane * Tile::plane_stride + half * 8) * cell_bytes);
             if constexpr (!bf16)
               for (uint32_t& word : fragment[half].at) word = to_tf32(word);
           }
-#pragma unroll
+          KANTOR_UNROLL
           for (int dz = 0; dz < 3; ++dz) {
             const int out = plane - dz;
             if (out < 0 || out >= Tile::planes) continue;
-#pragma unroll
+            KANTOR_UNROLL
             for (int slice = 0; slice < slices; ++slice) {
               Fragment<kind> weight;
-#pragma unroll
+              KANTOR_UNROLL
               for (int word = 0; word < words; ++word) weight.at[word] = b[dz].at[slice * words + word];
               multiply_add<kind>(c.at[out][slice], fragment, weight);
             }
@@ -102,12 +102,12 @@ struct TensorCoreSum {
   static __device__ __forceinline__ void stage(const Accumulator& c, float* shared) {
     const typename Tile::Place at = Tile::place();
     const int lane = static_cast<int>(simt::lane_index()), g = lane / 4, t = lane % 4;
-#pragma unroll
+    KANTOR_UNROLL
     for (int plane = 0; plane < Tile::planes; ++plane) {
-#pragma unroll
+      KANTOR_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int cell = (plane * Tile::rows + at.row) * Tile::columns + at.column + half * 8 + g;
-#pragma unroll
+        KANTOR_UNROLL
         for (int slice = 0; slice < slices; ++slice) {
           const int channel = at.group * Tile::group + slice * 8 + 2 * t;
           float* to = shared + chunk_place<Tile::channels / 4>(cell, channel / 4) * 4 + channel % 4;
@@ -134,7 +134,7 @@ struct PlainAccumulator {
   }
   // The channels' weights, `channels` adjacent floats.
   static __device__ __forceinline__ void read(const float* from, float (&w)[channels]) {
-#pragma unroll
+    KANTOR_UNROLL
     for (int i = 0; i < channels; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(from + i);
       w[i] = four.x, w[i + 1] = four.y, w[i + 2] = four.z, w[i + 3] = four.w;
@@ -143,10 +143,10 @@ struct PlainAccumulator {
   __device__ __forceinline__ void stage(float* shared) const {
     const typename Tile::Place place = Tile::place();
     const int lane = static_cast<int>(simt::lane_index()), first = first_channel(place);
-#pragma unroll
+    KANTOR_UNROLL
     for (int plane = 0; plane < Tile::planes; ++plane) {
       const int cell = (plane * Tile::rows + place.row) * Tile::columns + place.column + lane % 16;
-#pragma unroll
+      KANTOR_UNROLL
       for (int i = 0; i < channels; i += 4) {
         float* to = shared + chunk_place<Tile::channels / 4>(cell, (first + i) / 4) * 4;
         *reinterpret_cast<float4*>(to) =
@@ -179,24 +179,24 @@ struct FloatSum {
     const auto* weights = static_cast<const float*>(a.weights) + Accumulator::first_channel(at);
     const auto* input = static_cast<const float4*>(shared);
     c.clear();
-#pragma unroll 1
+    KANTOR_KEEP_LOOP
     for (int side = 0; side < Tile::middle_taps * 3; ++side) {
       const int column = at.column + side % 3 + static_cast<int>(simt::lane_index()) % 16;
       const int cell = Tile::halo_cell(0, at.row + side / 3, column);
-#pragma unroll 1
+      KANTOR_KEEP_LOOP
       for (int chunk = 0; chunk < chunks; ++chunk) {
         const float4* line = input + chunk_place<chunks>(cell, chunk);
-#pragma unroll
+        KANTOR_KEEP_LOOP
         for (int dz = 0; dz < 3; ++dz) {
           const float* from =
               weights + ((dz * Tile::middle_taps * 3 + side) * Tile::channels + 4 * chunk) * Tile::channels;
           float w[4][Accumulator::channels];
-#pragma unroll
+          KANTOR_UNROLL
           for (int in = 0; in < 4; ++in) Accumulator::read(from + in * Tile::channels, w[in]);
-#pragma unroll
+          KANTOR_UNROLL
           for (int plane = 0; plane < Tile::planes; ++plane) {
             const float4 x = line[(plane + dz) * Tile::plane_stride * chunks];
-#pragma unroll
+            KANTOR_UNROLL
             for (int i = 0; i < Accumulator::channels; ++i) {
               float value = c.at[plane][i];
               value += x.x * w[0][i];
@@ -235,18 +235,18 @@ struct FirstSum {
     const typename Tile::Place at = Tile::place();
     const auto* weights = static_cast<const float*>(a.weights) + Accumulator::first_channel(at);
     c.clear();
-#pragma unroll 1
+    KANTOR_KEEP_LOOP
     for (int side = 0; side < Tile::middle_taps * 3; ++side) {
       const int column = at.column + side % 3 + static_cast<int>(simt::lane_index()) % 16;
       const float* line = static_cast<const float*>(shared) + Tile::halo_cell(0, at.row + side / 3, column);
-#pragma unroll
+      KANTOR_UNROLL
       for (int dz = 0; dz < 3; ++dz) {
         float w[Accumulator::channels];
         Accumulator::read(weights + (dz * Tile::middle_taps * 3 + side) * Tile::channels, w);
-#pragma unroll
+        KANTOR_UNROLL
         for (int plane = 0; plane < Tile::planes; ++plane) {
           const float x = line[(plane + dz) * Tile::plane_stride];
-#pragma unroll
+          KANTOR_UNROLL
           for (int i = 0; i < Accumulator::channels; ++i) c.at[plane][i] += x * w[i];
         }
       }
