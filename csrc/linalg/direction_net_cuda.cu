@@ -1,8 +1,7 @@
-// The direction network on CUDA: a kernel for each convolution but the head, which ends the last one, as pooling and
-// the upsampled sum end the ones before them. Words of memory traffic for each cell and channel of the level beside the
-// weights, where a pair of a fine activation costs 5 (reads 1, writes 1, reads 2, writes 1), in all
-//   fine    first 1, second 2, pre pairs 5 each, b 2, post pairs 5 each, of which the last writes nothing: 4
-//   coarse  1 from b, mid pairs 5 each, of which the last reads and writes 8 fine ones instead of writing
+// The direction network on CUDA: one kernel for each convolution. The head, pooling and the sum with the upsampled
+// activation are done by the kernel of the convolution before them. Memory traffic in activations of the level, read or
+// written: the first convolution 1, a single one 2, a pair 5 (the residual is read as well). Pooling adds a coarse one;
+// the last coarse pair reads and writes fine ones instead of writing coarse ones; the last fine pair writes none.
 #include <array>
 #include <string>
 #include <vector>
@@ -20,8 +19,9 @@ constexpr size_t aligned(size_t bytes) { return (bytes + alignment - 1) / alignm
 
 // --- which kernels: by precision, channels, dimensions and planes of a tile ---
 
-template <NetPrecision precision, class Tile>
+template <NetPrecision precision, class Tile_>
 struct SumsOf {
+  using Tile = Tile_;
   static constexpr TensorCore core = precision == NetPrecision::tf32 ? TensorCore::tf32_k8
                                      : Tile::channels == 8           ? TensorCore::bf16_k8
                                                                      : TensorCore::bf16_k16;
@@ -38,21 +38,16 @@ Grid grid_of(const DirectionNet& net, const std::array<int64_t, 3>& sizes) {
   return net.dims == 3 ? Grid{nz, ny, nx} : Grid{ny, 1, nx};  // see conv_tile_kernels.h
 }
 
-// body(Sums) with Sums::Tile, ::Middle and ::First for this net on this level. Tiles have few planes where the grid is
+// body(SumsOf<...>{}) for this network on a level of this size. Tiles have few planes where the grid is
 // so small that otherwise most of the GPU would idle, and where a plane of activations takes much shared memory. The
 // choice does not change a bit of the result.
-template <NetPrecision precision, class Tile_>
-struct Choice : SumsOf<precision, Tile_> {
-  using Tile = Tile_;
-};
-
 template <NetPrecision precision, int channels, int dims, class Body>
 void choose_planes(const Grid& grid, Body& body) {
   constexpr int most = channels * (precision == NetPrecision::bf16 ? 2 : 4) <= 32 ? 8 : 4;
   using Large = ConvTile<channels, dims, most>;
   const int64_t cells = int64_t{200} * Large::cells;  // in all blocks that a large GPU runs at once
-  if (grid.cells() >= cells) return body(Choice<precision, Large>{});
-  body(Choice<precision, ConvTile<channels, dims, 2>>{});
+  if (grid.cells() >= cells) return body(SumsOf<precision, Large>{});
+  body(SumsOf<precision, ConvTile<channels, dims, 2>>{});
 }
 
 template <NetPrecision precision, class Body>
