@@ -14,6 +14,7 @@ namespace kantor {
 void bind_linalg(py::module_& m);
 void bind_krylov(py::module_& m);
 void bind_multigrid(py::module_& m);
+void bind_direction_net(py::module_& m);
 void bind_transport(py::module_& m);
 
 namespace {
@@ -77,6 +78,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
   bind_linalg(m);
   bind_krylov(m);
   bind_multigrid(m);
+  bind_direction_net(m);
   bind_transport(m);
 }
 

@@ -132,6 +132,29 @@ def ic0_solve(
     operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, work: Tensor, z: Tensor, threads: int
 ) -> None: ...
 
+# --- direction networks; layout: dims, channels, pre, mid, post, nz, ny, nx, precision (0 float32, 1 bfloat16, 2 tf32),
+# bits of the CPU's widest vectors. `like` says where the network runs. ---
+
+def direction_net_prepared_bytes(layout: Sequence[int], masked: bool, like: Tensor) -> int: ...
+def direction_net_workspace_bytes(layout: Sequence[int], batch: int, like: Tensor, threads: int) -> int: ...
+def prepare_direction_net(
+    layout: Sequence[int],
+    weights: Sequence[Tensor],  # float32, of each convolution
+    biases: Sequence[Tensor | None],
+    mask: Tensor | None,  # uint8
+    prepared: Tensor,  # uint8
+    threads: int,
+) -> None: ...
+def direction_net(
+    layout: Sequence[int],
+    prepared: Tensor,
+    mask: Tensor | None,
+    r: Tensor,  # (batch, grid) float32
+    q: Tensor,
+    workspace: Tensor,  # uint8
+    threads: int,
+) -> None: ...
+
 # --- transport: a cost is (operands, layout, power, fill): csrc/bind/transport.cpp; vectors are float64, on the CPU ---
 
 _Fill: TypeAlias = Callable[[int, int], None]
