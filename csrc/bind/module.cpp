@@ -13,6 +13,7 @@ namespace kantor {
 
 void bind_linalg(py::module_& m);
 void bind_krylov(py::module_& m);
+void bind_flexible_cg(py::module_& m);
 void bind_transport(py::module_& m);
 
 namespace {
@@ -75,6 +76,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
   });
   bind_linalg(m);
   bind_krylov(m);
+  bind_flexible_cg(m);
   bind_transport(m);
 }
 

@@ -6,8 +6,11 @@ from kantor.linalg.callable import Callable
 from kantor.linalg.capped_cg import CappedCGResult, CappedCGStatus, capped_cg
 from kantor.linalg.cg import cg
 from kantor.linalg.csr import CSR
+from kantor.linalg.dcdm import dcdm
 from kantor.linalg.dense import Dense
 from kantor.linalg.diagonal import Diagonal
+from kantor.linalg.fcg import fcg
+from kantor.linalg.flexible_cg import FlexibleResult
 from kantor.linalg.low_rank import LowRank
 from kantor.linalg.multishift_cg import MultishiftResult, multishift_cg
 from kantor.linalg.nystrom import NystromPreconditioner, nystrom
@@ -22,6 +25,7 @@ __all__ = [
     "CappedCGStatus",
     "Dense",
     "Diagonal",
+    "FlexibleResult",
     "LinearOperator",
     "LowRank",
     "MultishiftResult",
@@ -33,6 +37,8 @@ __all__ = [
     "as_operator",
     "capped_cg",
     "cg",
+    "dcdm",
+    "fcg",
     "ic0",
     "jacobi",
     "multishift_cg",
