@@ -13,7 +13,7 @@
 // norm of A), a second sum takes out what rounding left in; A p is corrected along, without a product.
 //
 // A direction that cannot be used costs its round; the next one takes the fallback's direction and an empty history.
-// One that can, but gains less than a hundredth of what steepest descent would (|r|^2 / |A|) and does not halve the
+// One that can, but gains less than a tenth of what steepest descent is sure of (|r|^2 / |A|) and does not halve the
 // residual, is slow; after `patience` slow steps the fallback makes one. When f was found wanting `patience` times
 // without a good step between, it is given up: conjugate gradients go on, preconditioned by the fallback.
 #pragma once
@@ -191,7 +191,7 @@ KANTOR_HD void flexible_after_product(FlexibleState& s, const FlexibleOptions& o
   d.curvature = curvature;
   d.square = pp;
   s.step = pr / curvature;
-  s.slow = s.step * pr * s.cg.lambda_max < 0.01 * s.cg.rr;
+  s.slow = s.step * pr * s.cg.lambda_max < 0.1 * s.cg.rr;
 }
 
 // Where step 2 is to be repeated, after the p.Ap_j, left in the coefficients.

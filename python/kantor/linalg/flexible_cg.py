@@ -129,7 +129,7 @@ class FlexibleProblem:
             history = self.b.new_zeros((*self.b.shape[:-1], 2), dtype=torch.float64)
             return torch.zeros_like(self.b), torch.zeros_like(self.b), info, history
         exponents = _exponents(self.b, x0)
-        limit = 40 if self.b.dtype is torch.float32 else 400
+        limit = 40 if self.b.dtype is torch.float32 else 300
         if not bool((exponents.abs() > limit).any()):
             return self._run(self.b, x0, self.atol, monitor)
         if self.atol > 0:  # one tolerance for all systems allows one scale only
