@@ -62,8 +62,12 @@ void bind_solve(const Encoded& A_encoded, const Encoded& f_encoded, const Encode
     Projections work(projections, b);
     work.place(A, v.batch);
     const auto map = read_map<T>(f_args, f, b, v.batch, work), other = read_map<T>(m_args, fallback, b, v.batch, work);
-    const CgOptions cg{rtol, atol, max_iterations, double(std::numeric_limits<T>::epsilon()) / 2,
-                       v.batch ? tables[2].size() / v.batch : 2, !user_monitor.is_none()};
+    const CgOptions cg{rtol,
+                       atol,
+                       max_iterations,
+                       double(std::numeric_limits<T>::epsilon()) / 2,
+                       v.batch ? tables[2].size() / v.batch : 2,
+                       !user_monitor.is_none()};
     const FlexibleOptions options{cg, slots, numbers[0], numbers[1] != 0, numbers[2] != 0, numbers[3], numbers[4]};
     const Exec exec = exec_for(b, threads);
     const CgMonitor monitor = PythonMonitor(user_monitor);

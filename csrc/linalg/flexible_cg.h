@@ -51,15 +51,15 @@ struct FlexibleOptions {
 struct FlexibleState {
   CgState cg;  // lambda_max: the largest |Ap| / |p|
   double fallbacks, rejection, given_up_at, source;
-  double wanting;            // times that f was found wanting since its last good step
-  double slow_steps, slow;   // since then, or since the fallback stepped in; whether this step may be one
-  double kept;               // directions in the history
-  double age;                // iterations since the history was empty
-  double scale, size;        // of q: the power of two that brings its length to one, what step 2 added up
-  double removed;            // sum_j of step 2 in the norm of A, squared
-  double p_squared, step;    // p.p and beta
-  double skips, again;       // no (further) step in this round; step 2 is to be repeated
-  double stopped_in, stalls; // round in which curvature ended it; true residuals in a row that rounding holds up
+  double wanting;             // times that f was found wanting since its last good step
+  double slow_steps, slow;    // since then, or since the fallback stepped in; whether this step may be one
+  double kept;                // directions in the history
+  double age;                 // iterations since the history was empty
+  double scale, size;         // of q: the power of two that brings its length to one, what step 2 added up
+  double removed;             // sum_j of step 2 in the norm of A, squared
+  double p_squared, step;     // p.p and beta
+  double skips, again;        // no (further) step in this round; step 2 is to be repeated
+  double stopped_in, stalls;  // round in which curvature ended it; true residuals in a row that rounding holds up
 
   KANTOR_HD bool running() const { return cg.running(); }
   KANTOR_HD bool takes(bool from_map) const { return running() && (source == 0) == from_map; }
@@ -250,12 +250,12 @@ void flexible_conjugate_gradients(Space& space, const CgMonitor& monitor) {
   while (space.any_running()) {
     try {
       do {
-        space.direction(round);              // q = f(r / |r|), or M r of the fallback
-        space.project(round);                // q.q, all q.Ap_j
+        space.direction(round);                // q = f(r / |r|), or M r of the fallback
+        space.project(round);                  // q.q, all q.Ap_j
         space.orthogonalise_and_apply(round);  // p = q - sum, A p; p.Ap, p.r, p.p, Ap.Ap       -> beta, or rejected
-        space.orthogonalise_again(round);    // where rounding made too much of p
-        space.update(round);                 // x += beta p, r -= beta Ap, r.r                -> converged?
-        space.refresh(round);                // r = b - A x now and then
+        space.orthogonalise_again(round);      // where rounding made too much of p
+        space.update(round);                   // x += beta p, r -= beta Ap, r.r                -> converged?
+        space.refresh(round);                  // r = b - A x now and then
       } while (space.proceed(++round, monitor));
     } catch (const CgInterrupted&) { space.finish_running(CgStatus::interrupted); }
     try {

@@ -204,7 +204,8 @@ class FlexibleCpuSpace {
                        [&](int64_t k, int64_t, Range rows) {
                          const double rr = v_.states[k].cg.rr;
                          const double factor = !options_.normalised || rr == 0 ? 1 : 1 / std::sqrt(rr);
-                         if (!std::isfinite(rr)) return std::fill_n(v_.q(slot, k) + rows.begin, rows.size(), T(0)), void();
+                         if (!std::isfinite(rr))
+                           return std::fill_n(v_.q(slot, k) + rows.begin, rows.size(), T(0)), void();
                          scale(rows.size(), factor, v_.r + k * v_.n + rows.begin, v_.q(slot, k) + rows.begin, false);
                        });
   }
@@ -234,8 +235,7 @@ class FlexibleCpuSpace {
 
   void take_coefficients(int64_t round, int64_t k) {
     const int64_t used = flexible_used(v_.states[k], options_);
-    for (int64_t age = 1; age <= used; ++age)
-      directions(k)[slot_of(options_, round, age)].coefficient = total(age, k);
+    for (int64_t age = 1; age <= used; ++age) directions(k)[slot_of(options_, round, age)].coefficient = total(age, k);
   }
 
   // p -= sum_j c_j p_j on a block, and the same for A p.
@@ -307,9 +307,9 @@ void flexible_cg_cpu(const Exec& exec, const Operator<T>* A, const SlotProduct& 
   });
 }
 
-#define KANTOR_INSTANTIATE(T)                                                                                      \
-  template void flexible_cg_cpu(const Exec&, const Operator<T>*, const SlotProduct&, const DirectionMap<T>&,       \
-                                const DirectionMap<T>&, const FlexibleVectors<T>&, const FlexibleOptions&,         \
+#define KANTOR_INSTANTIATE(T)                                                                                \
+  template void flexible_cg_cpu(const Exec&, const Operator<T>*, const SlotProduct&, const DirectionMap<T>&, \
+                                const DirectionMap<T>&, const FlexibleVectors<T>&, const FlexibleOptions&,   \
                                 const CgMonitor&);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)

@@ -109,7 +109,7 @@ _Encoded: TypeAlias = tuple[Sequence[Tensor], Sequence[int], Sequence[float]]
 
 def flexible_cg(
     A: _Encoded,  # empty: `product` stands in
-    f: _Encoded,  # the map; empty: the residual itself, or `map`
+    f: _Encoded,  # the map; empty: the residual itself, or `direction`
     fallback: _Encoded,  # likewise
     b: Tensor,  # (batch, n)
     vectors: Sequence[Tensor],  # x, r (batch, n); ring (slots, 2, batch, n); direction (batch, n)
@@ -122,7 +122,7 @@ def flexible_cg(
     max_iterations: int,
     numbers: Sequence[int],  # window, notay, normalised, rounds between true residuals, patience
     product: Callable[[bool, int], None] | None,  # ring[slot, 1] = A x if the argument is true, else A ring[slot, 0]
-    map: Callable[[int], None] | None,  # ring[slot, 0] = f(ring[slot, 1])
+    direction: Callable[[int], None] | None,  # ring[slot, 0] = f(ring[slot, 1])
     fall_back: Callable[[int], None] | None,  # ring[slot, 1] = M r
     user_monitor: Callable[[int, float], bool] | None,
     threads: int,
@@ -135,6 +135,7 @@ def csr_transpose(crow: Tensor, col: Tensor, t_crow: Tensor, t_col: Tensor, perm
 def csr_asymmetry(crow: Tensor, col: Tensor, values: Tensor) -> tuple[float, int, int]: ...  # |a_ij - a_ji|, i, j
 def ic0_factor(crow: Tensor, col: Tensor, values: Tensor, shift: float, factor: Tensor) -> int: ...
 def level_schedule(crow: Tensor, col: Tensor, pointers: Tensor, rows: Tensor) -> int: ...
+
 # The number of closed components; writes their labels, int32, -1 elsewhere. Host tensors.
 def closed_components(cells: Tensor, labels: Tensor, nz: int, ny: int, nx: int) -> int: ...
 def ic0_solve(

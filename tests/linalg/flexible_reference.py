@@ -40,7 +40,7 @@ def reference(
 
 
 def network(n: int, seed: int = 0, gain: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """Two layers with random weights: neither linear nor symmetric, and no idea of the system; r + gain * what it says."""
+    """Two layers with random weights: neither linear nor symmetric, and no idea of the system."""
     W, V = random(3 * n, n, seed=seed), random(n, 3 * n, seed=seed + 1) / (3 * n) ** 0.5
 
     def f(r: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,7 @@ def test_identity_is_conjugate_gradients(k_prev: int, native: bool, device: str)
     result = dcdm(A if native else A.matvec, b, lambda r: r, k_prev=k_prev, rtol=1e-10)
     assert result.converged
     assert abs(result.iterations - expected.iterations) <= 1
-    np.testing.assert_allclose(
-        result.history.residual_norms[:30], expected.history.residual_norms[:30], rtol=1e-8
-    )
+    np.testing.assert_allclose(result.history.residual_norms[:30], expected.history.residual_norms[:30], rtol=1e-8)
     assert result.fallbacks == 0
     assert error(result.x, expected.x) < 1e-8
 
@@ -54,12 +53,12 @@ def test_equals_the_reference_for_a_map_that_is_not_linear(k_prev: int) -> None:
 
 @pytest.mark.parametrize("size", [1e1, 1e6, 1e11])
 def test_directions_stay_orthogonal_where_little_is_left(size: float) -> None:
-    """A map that repeats one vector, `size` times longer than the residual: all but a trace of it is taken out again."""
+    """A map that repeats one vector, `size` times longer than the residual: all but a trace is taken out again."""
     A, b, v = spd(60, condition=1e3), random(60, seed=1), random(60, seed=2)
     v = v / v.norm()
     f = lambda r: r + size * v  # noqa: E731
     x = iterates(8, lambda k: dcdm(A, b, f, k_prev=7, rtol=0.0, maxiter=k, true_residual_every=0))
-    P = torch.stack([new - old for old, new in zip(x, x[1:], strict=False)])
+    P = torch.stack([new - old for old, new in pairwise(x)])
     P = P / (P @ A * P).sum(-1, keepdim=True).sqrt()
     gram = P @ A @ P.T
     for i in range(7):
@@ -112,7 +111,7 @@ def adversaries(n: int) -> dict[str, Callable[[], Any]]:
         "almost orthogonal": lambda: worst,
         "constant": lambda: torch.ones_like,
         "sometimes NaN": lambda: sometimes,
-        "half precision": lambda: lambda r: (A.bfloat16() @ r.bfloat16()),
+        "half precision": lambda: lambda r: A.bfloat16() @ r.bfloat16(),
         "sign": lambda: torch.sign,
         "largest entry": lambda: lambda r: r * (r.abs() == r.abs().max()),
     }
@@ -129,7 +128,7 @@ def test_the_error_never_grows(name: str, k_prev: int) -> None:
     for x in iterates(40, lambda k: dcdm(A, b, make(), k_prev=k_prev, rtol=0.0, maxiter=k)):
         e = x - solution
         errors.append(float(e @ A @ e) ** 0.5)
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert after <= before * (1 + 1e-12) + 1e-13 * errors[0]
     assert errors[-1] < errors[0]
 

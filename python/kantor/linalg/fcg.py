@@ -128,6 +128,4 @@ def fcg(
         atol=float(atol),
         maxiter=min(int(limit), 2**52),
     )
-    return solve(
-        problem, b, restore, callback=callback, progress=progress, interrupt=interrupt, assume_symmetric=False
-    )
+    return solve(problem, b, restore, callback=callback, progress=progress, interrupt=interrupt, assume_symmetric=False)

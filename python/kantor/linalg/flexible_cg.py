@@ -238,7 +238,7 @@ class _ImplicitSolve(torch.autograd.Function):
 def _derivative_solve(problem: FlexibleProblem, right: Tensor) -> Tensor:
     rtol = _native.derivative_rtol(problem.rtol, right.dtype)
     with torch.no_grad():
-        derivative = replace(problem, b=right.detach(), x0=None, rtol=rtol, atol=0.0)
+        derivative = replace(problem, b=confine(problem.A, right.detach()), x0=None, rtol=rtol, atol=0.0)
         x, _, info, _ = derivative.solve(None)
     if not bool((info[..., _native.STATUS] == 1).all()):
         warnings.warn(
@@ -255,9 +255,6 @@ def confine(A: LinearOperator, v: Tensor) -> Tensor:
     if not isinstance(A, PoissonGrid):
         return v
     return A.settle(torch.where(A.mask.reshape(-1), v, torch.zeros_like(v)))
-
-
-Flatten = tuple[Tensor, CallableType[[Tensor], Tensor]]
 
 
 def admitted(name: str, A: Any, b: Any, x0: Any) -> tuple[LinearOperator, Tensor, CallableType[[Tensor], Tensor]]:
@@ -295,9 +292,7 @@ def admitted(name: str, A: Any, b: Any, x0: Any) -> tuple[LinearOperator, Tensor
     return operator, operator.admit(flat, name), restore
 
 
-def check_numbers(
-    name: str, rtol: Any, atol: Any, counts: dict[str, Any], interrupt: Any
-) -> None:
+def check_numbers(name: str, rtol: Any, atol: Any, counts: dict[str, Any], interrupt: Any) -> None:
     """Check tolerances, integers that may not be negative, and `interrupt`."""
     for label, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, int | float | np.floating | np.integer) and 0 <= value < math.inf):
