@@ -1,6 +1,6 @@
 // The passes of flexible conjugate gradients on CUDA, with the kernels of flexible_cg_kernels.h. Without Python code in
-// the loop the host looks at the device every eighth round only. Words of memory traffic per unknown and iteration, with
-// j directions in the history, beside the operator's own:
+// the loop the host looks at the device every eighth round only. Words of memory traffic per unknown and iteration,
+// with j directions in the history, beside the operator's own:
 //   project        read q, the Ap_j                    1 + j    (q once more for every further eight)
 //   orthogonalise  read q, the p_j, write p            2 + j
 //   apply          read p, r, write Ap                 3        p.Ap, p.r, p.p, Ap.Ap from registers

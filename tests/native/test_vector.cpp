@@ -110,7 +110,26 @@ TEST_CASE_TEMPLATE("elementwise updates give the bits of the plain loop", T, flo
     p = p0;
     update_direction_scaled(n, beta, d_.data(), z_.data(), p.data());
     for (int64_t i = 0; i < n; ++i) REQUIRE(p[i] == d[i] * z[i] + beta * p0[i]);
+
+    p = p0;
+    scale_in_place(n, alpha, p.data());
+    for (int64_t i = 0; i < n; ++i) REQUIRE(p[i] == alpha * p0[i]);
     CHECK((p.intact() && out.intact()));
+  });
+}
+
+TEST_CASE_TEMPLATE("the four sums of a direction", T, float, double) {
+  for_each_length([](int64_t n, int64_t shift) {
+    CAPTURE(n);
+    Vector<T> p(n, 1, shift), q(n, 2, shift), r(n, 3, shift);
+    const FourSums sums = direction_sums(n, p.data(), q.data(), r.data());
+    const auto product = [n](const Vector<T>& a, const Vector<T>& b) {
+      return Exact(n, [&](int64_t i) { return static_cast<long double>(a[i]) * b[i]; });
+    };
+    CHECK(product(p, q).matches(sums[0]));
+    CHECK(product(p, r).matches(sums[1]));
+    CHECK(product(p, p).matches(sums[2]));
+    CHECK(product(q, q).matches(sums[3]));
   });
 }
 
