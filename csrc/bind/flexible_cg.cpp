@@ -33,14 +33,15 @@ DirectionMap<T> read_map(const OperatorArgs& args, const py::object& function, c
 }
 
 // `vectors` are x, r, ring, direction; `tables` are states, directions, history. Numbers are window, notay, normalised,
-// refresh_every, patience.
+// refresh_every, patience,
+// stall_after.
 void bind_solve(const Encoded& A_encoded, const Encoded& f_encoded, const Encoded& fallback_encoded, const Tensor& b,
                 const std::vector<Tensor>& vectors, bool zero_start, const std::vector<Tensor>& tables,
                 const Tensor& workspace, const std::optional<Tensor>& projections, double rtol, double atol,
                 int64_t max_iterations, const std::vector<int64_t>& numbers, const py::object& product,
                 const py::object& f, const py::object& fallback, const py::object& user_monitor, int threads) {
   require(b.ndim == 2 && vectors.size() == 4, "flexible_cg: b must be (batch, n), vectors x, r, ring, direction");
-  require(tables.size() == 3 && numbers.size() == 5, "flexible_cg: expected three tables and five numbers");
+  require(tables.size() == 3 && numbers.size() == 6, "flexible_cg: expected three tables and six numbers");
   const OperatorArgs a_args = args_of(A_encoded), f_args = args_of(f_encoded), m_args = args_of(fallback_encoded);
   const SlotProduct product_callback = [&](bool of_x, int64_t slot) { call_back([&] { product(of_x, slot); }); };
   switch_float(b, "b", [&]<class T>(T) {
@@ -68,7 +69,8 @@ void bind_solve(const Encoded& A_encoded, const Encoded& f_encoded, const Encode
                        double(std::numeric_limits<T>::epsilon()) / 2,
                        v.batch ? tables[2].size() / v.batch : 2,
                        !user_monitor.is_none()};
-    const FlexibleOptions options{cg, slots, numbers[0], numbers[1] != 0, numbers[2] != 0, numbers[3], numbers[4]};
+    const FlexibleOptions options{cg,         slots,      numbers[0], numbers[1] != 0, numbers[2] != 0,
+                                  numbers[3], numbers[4], numbers[5]};
     const Exec exec = exec_for(b, threads);
     const CgMonitor monitor = PythonMonitor(user_monitor);
     const Operator<T>* native = a_args.layout.empty() ? nullptr : &A;

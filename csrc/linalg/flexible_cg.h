@@ -15,7 +15,8 @@
 // A direction that cannot be used costs its round; the next one takes the fallback's direction and an empty history.
 // One that can, but gains less than a tenth of what steepest descent is sure of (|r|^2 / |A|) and does not halve the
 // residual, is slow; after `patience` slow steps the fallback makes one. When f was found wanting `patience` times
-// without a good step between, it is given up: conjugate gradients go on, preconditioned by the fallback.
+// without a good step between, or when the residual did not halve for `stall_after` iterations, it is given up:
+// conjugate gradients go on, preconditioned by the fallback.
 #pragma once
 #include <functional>
 
@@ -35,6 +36,7 @@ enum class Rejection : int32_t {
   orthogonal = 4,    // to the residual
   no_curvature = 5,  // p.Ap is not positive
   slow = 6,          // too many steps that gained next to nothing
+  stalled = 7,       // the residual did not halve for too long
 };
 
 struct FlexibleOptions {
@@ -45,6 +47,7 @@ struct FlexibleOptions {
   bool normalised;        // f gets r / |r|
   int64_t refresh_every;  // rounds between two true residuals; 0: only at the end
   int64_t patience;       // with f: slow steps, and times that it was found wanting
+  int64_t stall_after;    // iterations without halving the residual after which f is given up; 0: never
 };
 
 // One system's scalars; (batch, flexible_state_size) float64. The first columns are those of cg.
@@ -57,6 +60,9 @@ struct FlexibleState {
   double age;                 // iterations since the history was empty
   double scale, size;         // of q: the power of two that brings its length to one, what step 2 added up
   double removed;             // sum_j of step 2 in the norm of A, squared
+  double target_squared;      // of the true residual; the recurrence's, in `cg`, may be lower
+  double milestone;           // the residual when it had last halved, squared
+  double milestone_at;        // and the iteration
   double p_squared, step;     // p.p and beta
   double skips, again;        // no (further) step in this round; step 2 is to be repeated
   double stopped_in, stalls;  // round in which curvature ended it; true residuals in a row that rounding holds up
@@ -97,6 +103,8 @@ KANTOR_HD void flexible_start(FlexibleState& s, const FlexibleOptions& options, 
   s = FlexibleState{};
   s.given_up_at = s.stopped_in = -1;
   cg_start(s.cg, options.cg, bb, b_max, rr, history);
+  s.target_squared = s.cg.target_squared;
+  s.milestone = rr;
   s.cg.verified_rr = DBL_MAX;
   if (options.patience == 0) s.source = double(DirectionSource::fallback_for_good);
 }
@@ -106,14 +114,14 @@ KANTOR_HD void flexible_finish(FlexibleState& s, CgStatus status, int64_t round)
   if (status == CgStatus::negative_curvature || status == CgStatus::singular) s.stopped_in = double(round);
 }
 
-// The next direction is the fallback's.
+// The next direction is the fallback's, and perhaps all that follow.
 KANTOR_HD void flexible_fall_back(FlexibleState& s, const FlexibleOptions& options, Rejection why) {
   s.rejection = double(why);
   s.fallbacks += 1;
   s.wanting += 1;
   s.slow_steps = 0;
   s.source = double(DirectionSource::fallback);
-  if (s.wanting < double(options.patience)) return;
+  if (s.wanting < double(options.patience) && why != Rejection::stalled) return;
   s.source = double(DirectionSource::fallback_for_good);
   s.given_up_at = s.cg.iterations;
 }
@@ -212,11 +220,16 @@ KANTOR_HD void flexible_after_update(FlexibleState& s, const FlexibleOptions& op
   cg_after_update(s.cg, options.cg, rr, history);
   if (s.kept < double(options.slots - 1)) s.kept += 1;
   s.age += 1;
+  if (rr < 0.25 * s.milestone) s.milestone = rr, s.milestone_at = s.cg.iterations;
   if (s.source == double(DirectionSource::fallback)) {
     s.source = double(DirectionSource::map);
   } else if (s.source == double(DirectionSource::map)) {
     if (!slow) s.wanting = s.slow_steps = 0;
-    if (slow && ++s.slow_steps >= double(options.patience)) flexible_fall_back(s, options, Rejection::slow);
+    if (slow) s.slow_steps += 1;
+    if (options.stall_after > 0 && s.cg.iterations - s.milestone_at >= double(options.stall_after))
+      flexible_fall_back(s, options, Rejection::stalled);
+    else if (s.slow_steps >= double(options.patience))
+      flexible_fall_back(s, options, Rejection::slow);
   }
 }
 
@@ -230,15 +243,19 @@ KANTOR_HD void flexible_after_refresh(FlexibleState& s, double rr) {
   s.cg.rr = rr;
   if (!std::isfinite(rr))
     s.cg.finish(CgStatus::breakdown);
-  else if (rr <= s.cg.target_squared)
+  else if (rr <= s.target_squared)
     s.cg.finish(CgStatus::converged);
   else if (s.stalls >= 2)
     s.cg.finish(CgStatus::stagnated);
 }
 
-// After the true residual of a system that stopped. One that runs on starts a new history: its slots are out of step.
+// After the true residual of a system that stopped. One that runs on starts a new history, since its slots are out of
+// step, and has to bring the recurrence down to half of what it claimed: a slow method would claim again at once.
 KANTOR_HD void flexible_after_verify(FlexibleState& s, const FlexibleOptions& options, double rr) {
+  const double claimed = s.cg.target_squared;
+  s.cg.target_squared = s.target_squared;
   cg_after_verify(s.cg, options.cg, rr, s.p_squared);
+  s.cg.target_squared = 0.25 * claimed;
   s.kept = s.age = 0;
   s.cg.verified = s.running() ? 0 : 1;
 }

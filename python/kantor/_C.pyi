@@ -120,7 +120,7 @@ def flexible_cg(
     rtol: float,
     atol: float,
     max_iterations: int,
-    numbers: Sequence[int],  # window, notay, normalised, rounds between true residuals, patience
+    numbers: Sequence[int],  # window, notay, normalised, rounds between true residuals, patience, stall_after
     product: Callable[[bool, int], None] | None,  # ring[slot, 1] = A x if the argument is true, else A ring[slot, 0]
     direction: Callable[[int], None] | None,  # ring[slot, 0] = f(ring[slot, 1])
     fall_back: Callable[[int], None] | None,  # ring[slot, 1] = M r

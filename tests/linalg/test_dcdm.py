@@ -133,18 +133,13 @@ def test_the_error_never_grows(name: str, k_prev: int) -> None:
     assert errors[-1] < errors[0]
 
 
-SLOW = ("noise", "uphill in the norm of A", "half precision", "largest entry")  # but they get there
-
-
 @pytest.mark.parametrize("name", list(adversaries(2)))
 def test_it_converges_whatever_the_map_says(name: str, device: str) -> None:
-    if device != "cpu" and name in SLOW:
-        pytest.skip("thousands of iterations")
     n = 60
     A, b = spd(n), random(n, seed=8)
     f = adversaries(n)[name]()
     with torch.no_grad():
-        result = dcdm(A.to(home(device)), b.to(home(device)), lambda r: f(r.cpu()).to(r.device), maxiter=5000)
+        result = dcdm(A.to(home(device)), b.to(home(device)), lambda r: f(r.cpu()).to(r.device), maxiter=1000)
     assert result.converged
     assert error(result.x.cpu(), torch.linalg.solve(A, b)) < 1e-4
     assert float((b - A @ result.x.cpu()).norm()) <= 1e-6 * float(b.norm())

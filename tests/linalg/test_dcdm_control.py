@@ -180,6 +180,17 @@ def test_a_map_of_no_use_is_given_up(f: Any, why: str, device: str, caplog: pyte
         assert result.iterations <= plain.iterations + 12
 
 
+def test_a_map_that_gets_nowhere_is_given_up() -> None:
+    """Coordinate descent: no single step is bad, a hundred of them are."""
+    A, b = spd(60, condition=1e3), random(60, seed=8)
+    result = dcdm(A, b, lambda r: r * (r.abs() == r.abs().max()), maxiter=1000)
+    assert result.converged
+    assert result.breakdown
+    assert result.fallbacks == 1
+    assert "f was given up after iteration 100, because the residual did not halve in 100 iterations" in result.reason
+    ends("maxiter", lambda: dcdm(A, b, lambda r: r * (r.abs() == r.abs().max()), maxiter=90))
+
+
 def test_a_map_that_fails_now_and_then_stays(caplog: pytest.LogCaptureFixture) -> None:
     A, b = Stencil((30, 30)), random(900)
     calls = 0

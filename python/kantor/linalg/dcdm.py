@@ -73,8 +73,9 @@ def dcdm(
     fallback : None, "jacobi", "ic0", operator or callable
         Preconditioner, symmetric positive definite, whose direction replaces one of no use: one that holds NaN or
         infinity, is zero, has ``|p.r| < 1e-12 |p| |r|`` or ``p.Ap <= 0``, or is made of the previous ones. The previous
-        directions are then forgotten. After 5 in a row f is given up for conjugate gradients with this preconditioner,
-        and a warning is logged. Default: "jacobi" where the diagonal of A is known and positive, else the residual.
+        directions are then forgotten. It also steps in after 5 steps that gain next to nothing. When it had to 5 times,
+        without a good step of f between, or when 100 iterations did not halve the residual, f is given up: conjugate
+        gradients go on with this preconditioner, and a warning is logged. Default: "jacobi" where the diagonal of A is known and positive, else the residual.
     true_residual_every : int
         Iterations after which the residual is formed anew, at the price of a product; 0: only at the end.
     callback : callable, optional
@@ -141,7 +142,7 @@ def dcdm(
     if operator.is_native and not assume_symmetric:
         require_symmetric("dcdm", operator, probe=True)
     problem = FlexibleProblem(
-        settings=Settings("dcdm", int(k_prev), False, True, int(true_residual_every)),
+        settings=Settings("dcdm", int(k_prev), False, True, int(true_residual_every), 100),
         A=operator,
         f=Direction.of(f, "f"),
         fallback=Direction.of(_fallback(fallback, operator, flat), "fallback"),

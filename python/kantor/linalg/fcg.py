@@ -117,7 +117,7 @@ def fcg(
     elif M is not None and not callable(M):
         raise TypeError(f"fcg: M: expected None, 'jacobi', 'ic0', an operator or a function, got {type(M).__name__}")
     problem = FlexibleProblem(
-        settings=Settings("fcg", int(k_prev), truncation == "notay", False, 0),
+        settings=Settings("fcg", int(k_prev), truncation == "notay", False, 0, 0),
         A=operator,
         f=Direction.of(M, "M"),
         fallback=Direction.of(None, "residual"),

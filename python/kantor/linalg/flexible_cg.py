@@ -40,7 +40,9 @@ _REJECTIONS = {
     4: "it was orthogonal to the residual",
     5: "its curvature was not positive",
     6: "its steps gained next to nothing",
+    7: "the residual did not halve in 100 iterations",
 }
+_STALLED = 7
 _logger = logging.getLogger("kantor")
 
 
@@ -97,6 +99,7 @@ class Settings:
     notay: bool  # fewer of them now and then, after Notay
     normalised: bool  # the map gets r / |r|
     refresh_every: int  # iterations between two true residuals; 0: only at the end
+    stall_after: int  # iterations without halving the residual after which the map is given up; 0: never
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,10 @@ class FlexibleProblem:
             Encoded([t.detach().resolve_neg().contiguous() for t in e.operands], e.layout, e.scales)
             for e in (A, self.f.native, self.fallback.native)
         )
-        n = b.shape[-1]
+        settings, n = self.settings, b.shape[-1]
         b2 = b.resolve_neg().reshape(-1, n).contiguous()
         batch = b2.shape[0]
-        window = min(self.settings.window, n, max(self.maxiter, 1))
+        window = min(settings.window, n, max(self.maxiter, 1))
         slots = max(window, 1) + 1
         x = _native.zeros(b2) if x0 is None else x0.resolve_neg().reshape(-1, n).clone()
         r = torch.empty_like(b2)
@@ -185,7 +188,7 @@ class FlexibleProblem:
         native.flexible_cg(
             A, f, fallback, b2, [x, r, ring, direction], x0 is None, [info, directions, history], workspace,
             _native.projections(A, maps, batch, b2), self.rtol, atol, self.maxiter,
-            [window, self.settings.notay, self.settings.normalised, self.settings.refresh_every, PATIENCE],
+            [window, settings.notay, settings.normalised, settings.refresh_every, PATIENCE, settings.stall_after],
             None if self.A.is_native else product,
             None if self.f.function is None else map_direction,
             None if self.fallback.function is None else fall_back,
@@ -408,9 +411,12 @@ def _reason(name: str, table: np.ndarray[Any, Any]) -> str:
     row = table[given_up.argmax() if given_up.any() else table[:, _FALLBACKS].argmax()]
     last = _REJECTIONS[int(row[_REJECTION])]
     if given_up.any():
+        why = f"{PATIENCE} of its directions having been of no use (the last: {last})"
+        if row[_REJECTION] == _STALLED:
+            why = f"because {last}"
         return (
-            f"{name} was given up after iteration {int(row[_GIVEN_UP_AT])}, {PATIENCE} of its directions having been "
-            f"of no use (the last: {last}); conjugate gradients went on with the fallback"
+            f"{name} was given up after iteration {int(row[_GIVEN_UP_AT])}, {why}; conjugate gradients went on with the "
+            "fallback"
         )
     count = int(row[_FALLBACKS])
     return f"the fallback replaced {count} direction{'s' if count > 1 else ''} of {name} (the last: {last})"
