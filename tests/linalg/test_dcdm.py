@@ -14,7 +14,7 @@ from torch import Tensor
 from devices import home
 from flexible_reference import ends, network, noise, numpy_of, quietly, reference
 from kantor._ops import backend, emulated
-from kantor.linalg import Dense, Diagonal, LinearOperator, PoissonGrid, Stencil, cg, dcdm, ic0, jacobi
+from kantor.linalg import Dense, Diagonal, LinearOperator, LowRank, PoissonGrid, Stencil, cg, dcdm, ic0, jacobi
 from systems import F32, F64, KINDS, error, example_operators, random, spd
 
 
@@ -158,6 +158,7 @@ def maps(A: LinearOperator) -> dict[str, Any]:
         "matrix": Dense(torch.eye(n, dtype=A.dtype, device=A.device) * 0.3),
         "ic0": ic0(Stencil((4, 5), dtype=A.dtype, device=A.device)),
         "none": lambda r: r * torch.nan,
+        "low rank": LowRank(torch.eye(n, dtype=A.dtype, device=A.device) * 0.5),
     }
 
 
@@ -175,21 +176,24 @@ def test_every_operator(kind: str, dtype: torch.dtype, device: str) -> None:
         assert error(result.x, solution) < (1e-7 if dtype is F64 else 3e-2)
 
 
-@pytest.mark.parametrize("kind", ["function", "diagonal", "matrix", "ic0", "none"])
-@pytest.mark.parametrize("fallback", [None, "jacobi", "ic0", "matrix", "function"])
+@pytest.mark.parametrize("kind", ["function", "diagonal", "matrix", "ic0", "none", "low rank"])
+@pytest.mark.parametrize("fallback", [None, "jacobi", "ic0", "matrix", "low rank", "function"])
 def test_devices_agree(kind: str, fallback: str | None, device: str) -> None:
     A = Stencil((4, 5), shift=0.1, device=home(device))
     b = random(3, 20, device=home(device))
     matrix = torch.eye(20, dtype=F64, device=home(device)) * 0.2
-    given: Any = {"matrix": Dense(matrix), "function": lambda r: r @ matrix}.get(fallback or "", fallback)
-    options: dict[str, Any] = {"rtol": 1e-12, "fallback": given}
+
+    def other(matrix: Tensor) -> Any:
+        forms = {"matrix": Dense(matrix), "low rank": LowRank(matrix), "function": lambda r: r @ matrix}
+        return forms.get(fallback or "", fallback)
+
+    options: dict[str, Any] = {"rtol": 1e-12, "fallback": other(matrix)}
     result = dcdm(A, b, maps(A)[kind], **options)
     if device == "cpu":
         assert error(result.x, torch.linalg.solve(A.dense(), b.T).T) < 1e-9
         return
     host = Stencil((4, 5), shift=0.1)
-    matrix = matrix.cpu()
-    options["fallback"] = {"matrix": Dense(matrix), "function": lambda r: r @ matrix}.get(fallback or "", fallback)
+    options["fallback"] = other(matrix.cpu())
     expected = dcdm(host, b.cpu(), maps(host)[kind], **options)
     assert result.per_system_iterations.tolist() == expected.per_system_iterations.tolist()
     assert result.per_system_fallbacks.tolist() == expected.per_system_fallbacks.tolist()  # type: ignore[union-attr]

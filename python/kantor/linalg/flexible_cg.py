@@ -172,7 +172,8 @@ class FlexibleProblem:
         history = b2.new_zeros(batch, _native.history_length(batch, self.maxiter), dtype=torch.float64)
         native = backend()
         workspace = b2.new_empty(native.flexible_workspace_bytes(batch), dtype=torch.uint8)
-        maps = Encoded([], f.layout + fallback.layout, [])
+        projections = [_native.projections(e, None, batch, b2) for e in (A, f, fallback)]
+        size = sum(p.numel() for p in projections if p is not None)
 
         def product(of_x: bool, slot: int) -> None:
             p, q = ring[slot]
@@ -187,7 +188,7 @@ class FlexibleProblem:
 
         native.flexible_cg(
             A, f, fallback, b2, [x, r, ring, direction], x0 is None, [info, directions, history], workspace,
-            _native.projections(A, maps, batch, b2), self.rtol, atol, self.maxiter,
+            b2.new_empty(size, dtype=torch.float64) if size else None, self.rtol, atol, self.maxiter,
             [window, settings.notay, settings.normalised, settings.refresh_every, PATIENCE, settings.stall_after],
             None if self.A.is_native else product,
             None if self.f.function is None else map_direction,
