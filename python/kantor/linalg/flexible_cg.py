@@ -416,8 +416,8 @@ def _reason(name: str, table: np.ndarray[Any, Any]) -> str:
         if row[_REJECTION] == _STALLED:
             why = f"because {last}"
         return (
-            f"{name} was given up after iteration {int(row[_GIVEN_UP_AT])}, {why}; conjugate gradients went on with the "
-            "fallback"
+            f"{name} was given up after iteration {int(row[_GIVEN_UP_AT])}, {why}; conjugate gradients went on with "
+            "the fallback"
         )
     count = int(row[_FALLBACKS])
     return f"the fallback replaced {count} direction{'s' if count > 1 else ''} of {name} (the last: {last})"
