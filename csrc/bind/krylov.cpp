@@ -1,11 +1,11 @@
 // The conjugate gradient family.
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <limits>
 
 #include "bind/dispatch.h"
 #include "bind/operator_args.h"
+#include "bind/python_calls.h"
 #include "bind/tensor_caster.h"
 #include "core/parallel.h"
 #include "linalg/capped_cg.h"
@@ -20,47 +20,6 @@ namespace {
 using Operands = std::vector<Tensor>;
 using Layout = std::vector<int64_t>;
 using Scales = std::vector<double>;
-
-// Between iterations: every 10 ms let Python handle signals; at every iteration call the user's monitor, when there is
-// one.
-class PythonMonitor {
- public:
-  explicit PythonMonitor(py::object user) : user_(std::move(user)) {}
-  CgStatus operator()(int64_t iteration, double residual_norm) {
-    const auto now = std::chrono::steady_clock::now();
-    if (user_.is_none() && now - last_ < std::chrono::milliseconds(10)) return CgStatus::running;
-    py::gil_scoped_acquire gil;
-    last_ = now;
-    if (PyErr_CheckSignals() != 0) {
-      if (!PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) throw py::error_already_set();
-      PyErr_Clear();
-      return CgStatus::interrupted;
-    }
-    try {
-      if (!user_.is_none() && user_(iteration, residual_norm).cast<bool>()) return CgStatus::stopped;
-    } catch (const py::error_already_set& error) {
-      if (!error.matches(PyExc_KeyboardInterrupt)) throw;
-      return CgStatus::interrupted;
-    }
-    return CgStatus::running;
-  }
-
- private:
-  py::object user_;
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
-
-// Runs Python code inside an iteration; Ctrl-C that lands there ends the iteration like one that lands in native code.
-template <class Call>
-void call_back(Call&& call) {
-  py::gil_scoped_acquire gil;
-  try {
-    call();
-  } catch (const py::error_already_set& error) {
-    if (!error.matches(PyExc_KeyboardInterrupt)) throw;
-    throw CgInterrupted{};
-  }
-}
 
 void bind_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
              const Layout& m_layout, const Scales& m_scales, const Tensor& b, const Tensor& x, const Operands& vectors,

@@ -15,6 +15,7 @@ void bind_linalg(py::module_& m);
 void bind_krylov(py::module_& m);
 void bind_multigrid(py::module_& m);
 void bind_direction_net(py::module_& m);
+void bind_flexible_cg(py::module_& m);
 void bind_transport(py::module_& m);
 
 namespace {
@@ -79,6 +80,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
   bind_krylov(m);
   bind_multigrid(m);
   bind_direction_net(m);
+  bind_flexible_cg(m);
   bind_transport(m);
 }
 

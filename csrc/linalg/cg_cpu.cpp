@@ -85,13 +85,21 @@ class CpuSpace {
                            sum(0, k, chunk) += dot(rows.size(), v_.p + at, v_.q + at);
                          });
     } else {
+      const auto runs = [this](int64_t k) { return running(k); };
+      const auto advance = [this](int64_t k, Range rows) { advance_direction(k, rows); };
+      const auto apply = [this](int64_t k, int64_t chunk, Range rows) {
+        alignas(64) T scratch[block_size];
+        T* q = recompute_ ? scratch : v_.q + k * v_.n + rows.begin;
+        apply_rows(*A_, k, v_.p + k * v_.n, q, rows);
+        sum(0, k, chunk) += dot(rows.size(), v_.p + k * v_.n + rows.begin, q);
+      };
       if (projects_) {  // no product before all of p is known
-        passes_.each_block([this](int64_t k) { return running(k); },
-                           [&](int64_t k, int64_t, Range rows) { advance_direction(k, rows); });
-        project(passes_.team(), *A_, v_.batch, v_.p, [this](int64_t k) { return running(k); });
+        passes_.each_block(runs, [&](int64_t k, int64_t, Range rows) { advance(k, rows); });
+        project(passes_.team(), *A_, v_.batch, v_.p, runs);
+        passes_.each_block(runs, apply);
+      } else {
+        passes_.sweep(halo_, runs, advance, apply);
       }
-      passes_.clear_sums();
-      passes_.split([&](Range chunks, Range systems, int workers) { direction_and_apply(chunks, systems, workers); });
     }
     std::vector<double> pq(static_cast<size_t>(v_.batch));
     for (int64_t k = 0; k < v_.batch; ++k) pq[static_cast<size_t>(k)] = total(0, k);
@@ -181,42 +189,6 @@ class CpuSpace {
       }
       sum(1, k, chunk) += dot(rows.size(), q, q);
     });
-  }
-
-  // One thread's part. Its neighbours' products reach `halo` rows into its slab: both edges are advanced first, then,
-  // after the barrier, everyone sweeps its slab with p advanced `halo` rows ahead of the product.
-  void direction_and_apply(Range chunks, Range systems, int workers) {
-    const Range slab{passes_.chunks().range(chunks.begin).begin, chunks.begin < chunks.end
-                                                                     ? passes_.chunks().range(chunks.end - 1).end
-                                                                     : passes_.chunks().range(chunks.begin).begin};
-    const auto advance = [&](int64_t begin, int64_t end) {
-      if (begin >= end) return;
-      for (int64_t k = systems.begin; k < systems.end; ++k)
-        if (running(k)) advance_direction(k, {begin, end});
-    };
-    int64_t frontier = projects_ ? slab.end : std::min(slab.begin + halo_, slab.end);
-    const int64_t last = std::max(frontier, slab.end - halo_);
-    if (!projects_) {
-      advance(slab.begin, frontier);
-      advance(last, slab.end);
-      passes_.team().barrier(workers);
-    }
-    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      const Range rows = passes_.chunks().range(chunk);
-      for (int64_t begin = rows.begin; begin < rows.end; begin += block_size) {
-        const Range block{begin, std::min(begin + block_size, rows.end)};
-        const int64_t needed = std::min(block.end + halo_, last);
-        advance(frontier, needed);
-        frontier = std::max(frontier, needed);
-        for (int64_t k = systems.begin; k < systems.end; ++k) {
-          if (!running(k)) continue;
-          alignas(64) T scratch[block_size];
-          T* q = recompute_ ? scratch : v_.q + k * v_.n + block.begin;
-          apply_rows(*A_, k, v_.p + k * v_.n, q, block);
-          sum(0, k, chunk) += dot(block.size(), v_.p + k * v_.n + block.begin, q);
-        }
-      }
-    }
   }
 
   // r = b - A x with the product and the difference in double; r.r in sum 1. Leaves sum 0 as it is.

@@ -11,6 +11,7 @@
 
 #include "linalg/cg.h"
 #include "linalg/krylov_kernels.h"
+#include "linalg/operator_sum_kernels.h"
 
 namespace kantor {
 namespace {
@@ -107,68 +108,6 @@ __global__ void update_kernel(Shared shared, int64_t n, const T* d, const T* p, 
 
 // --- start and verify: r = b - A x in double ---
 
-// One of the forms of a sum, as a kernel argument.
-template <class T>
-struct DeviceTerm {
-  OperatorKind kind;
-  bool wide;  // 64-bit indices
-  double scale;
-  union {
-    Dense<T> dense;
-    Csr<T, int32_t> csr;
-    Csr<T, int64_t> wide_csr;
-    Stencil<T> stencil;
-    FaceStencil<T> faces;
-    Diagonal<T> diagonal;
-    LowRank<T> low_rank;
-    Poisson<T> poisson;
-  };
-};
-
-template <class T>
-struct DeviceTerms {
-  static constexpr int most = 8;
-  int count = 0;
-  DeviceTerm<T> terms[most];
-};
-
-template <class T>
-DeviceTerm<T> device_term(const OperatorTerm<T>& term) {
-  DeviceTerm<T> out{};
-  out.scale = term.scale;
-  if (const auto* dense = std::get_if<Dense<T>>(&term.form)) out.kind = OperatorKind::dense, out.dense = *dense;
-  if (const auto* csr = std::get_if<Csr<T, int32_t>>(&term.form)) out.kind = OperatorKind::csr, out.csr = *csr;
-  if (const auto* csr = std::get_if<Csr<T, int64_t>>(&term.form))
-    out.kind = OperatorKind::csr, out.wide = true, out.wide_csr = *csr;
-  if (const auto* stencil = std::get_if<Stencil<T>>(&term.form))
-    out.kind = OperatorKind::stencil, out.stencil = *stencil;
-  if (const auto* faces = std::get_if<FaceStencil<T>>(&term.form)) out.kind = OperatorKind::faces, out.faces = *faces;
-  if (const auto* d = std::get_if<Diagonal<T>>(&term.form)) out.kind = OperatorKind::diagonal, out.diagonal = *d;
-  if (const auto* low = std::get_if<LowRank<T>>(&term.form)) out.kind = OperatorKind::low_rank, out.low_rank = *low;
-  if (const auto* grid = std::get_if<Poisson<T>>(&term.form)) out.kind = OperatorKind::poisson, out.poisson = *grid;
-  return out;
-}
-
-template <class T>
-__device__ __forceinline__ double row_product(const DeviceTerm<T>& term, int64_t k, const T* x, int64_t i) {
-  switch (term.kind) {
-    case OperatorKind::dense:
-      return row_product<double>(term.dense, x, i);
-    case OperatorKind::csr:
-      return term.wide ? row_product<double>(term.wide_csr, x, i) : row_product<double>(term.csr, x, i);
-    case OperatorKind::stencil:
-      return row_product<double>(term.stencil, x, i);
-    case OperatorKind::faces:
-      return row_product<double>(term.faces, x, i);
-    case OperatorKind::low_rank:
-      return row_product<double>(form_for_vector(term.low_rank, k), x, i);
-    case OperatorKind::poisson:
-      return row_product<double>(term.poisson, x, i);
-    default:
-      return row_product<double>(term.diagonal, x, i);
-  }
-}
-
 enum class Moment { start, verify };
 
 // r = from - (terms) x, or from - product when the operator is a callback. The last launch of a residual reduces.
@@ -183,7 +122,7 @@ __global__ void residual_kernel(Shared shared, int64_t n, DeviceTerms<T> A, cons
   simt::grid_stride(n, [&](int64_t i) {
     double value = from[first + i];
     if (product) value -= double(product[first + i]);
-    for (int t = 0; t < A.count; ++t) value -= A.terms[t].scale * row_product(A.terms[t], k, x + first, i);
+    value -= row_product(A, k, x + first, i);
     r[first + i] = static_cast<T>(value);
     if (!last) return;
     sums[0] += value * value;
@@ -292,12 +231,7 @@ class CudaSpace {
   // r = b - A x; the product is left out when x is zero.
   template <Moment moment>
   void residual(bool with_product) {
-    std::vector<DeviceTerms<T>> groups(1);
-    if (with_product && A_)
-      for (const OperatorTerm<T>& term : A_->terms) {
-        if (groups.back().count == DeviceTerms<T>::most) groups.emplace_back();
-        groups.back().terms[groups.back().count++] = device_term(term);
-      }
+    const std::vector<DeviceTerms<T>> groups = device_terms(with_product ? A_ : nullptr);
     if (with_product && A_) launch_projections(exec_, *A_, v_.batch, v_.x, AcceptAll{});
     const T* product = nullptr;
     if (with_product && !A_) apply_(true), product = v_.q;

@@ -1,4 +1,4 @@
-// What the conjugate gradient family (cg_cpu.cpp, capped_cg_cpu.cpp) shares on the CPU: passes over the blocks of a
+// What the conjugate gradient family (cg_cpu.cpp and others) shares on the CPU: passes over the blocks of a
 // batch of vectors with deterministic partial sums, and the preconditioner.
 #pragma once
 #include <algorithm>
@@ -53,6 +53,40 @@ class BlockPasses {
         for (int64_t begin = rows.begin; begin < rows.end; begin += block_size)
           for (int64_t k = systems.begin; k < systems.end; ++k)
             if (active(k)) body(k, chunk, Range{begin, std::min(begin + block_size, rows.end)});
+      }
+    });
+  }
+
+  // One pass that makes a vector and multiplies it: advance(k, rows) makes p, consume(k, chunk, rows) forms A p there,
+  // where row i needs p in [i - halo, i + halo]. Each thread makes both edges of its slab first, because its neighbours
+  // reach into it; after the barrier it sweeps the slab with p `halo` rows ahead of the product, still in cache. Clears
+  // the sums first.
+  template <class Active, class Advance, class Consume>
+  void sweep(int64_t halo, Active&& active, Advance&& advance, Consume&& consume) {
+    clear_sums();
+    split([&](Range chunks, Range systems, int workers) {
+      const int64_t begin = chunks_.range(chunks.begin).begin;
+      const Range slab{begin, chunks.begin < chunks.end ? chunks_.range(chunks.end - 1).end : begin};
+      const auto make = [&](int64_t from, int64_t to) {
+        if (from >= to) return;
+        for (int64_t k = systems.begin; k < systems.end; ++k)
+          if (active(k)) advance(k, Range{from, to});
+      };
+      int64_t frontier = std::min(slab.begin + halo, slab.end);
+      const int64_t last = std::max(frontier, slab.end - halo);
+      make(slab.begin, frontier);
+      make(last, slab.end);
+      team_.barrier(workers);
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        const Range rows = chunks_.range(chunk);
+        for (int64_t first = rows.begin; first < rows.end; first += block_size) {
+          const Range block{first, std::min(first + block_size, rows.end)};
+          const int64_t needed = std::min(block.end + halo, last);
+          make(frontier, needed);
+          frontier = std::max(frontier, needed);
+          for (int64_t k = systems.begin; k < systems.end; ++k)
+            if (active(k)) consume(k, chunk, block);
+        }
       }
     });
   }

@@ -32,6 +32,10 @@ void multiply_add_in_place(int64_t n, T a, const T* x, T* y);
 template <class T>
 void combine(int64_t n, T a, const T* x, T b, T* y);
 
+// y *= a                                                                                  reads 1, writes 1 word
+template <class T>
+void scale_in_place(int64_t n, T a, T* y);
+
 // p = z + beta p (p is not read when beta = 0)                                             reads 2, writes 1 word
 template <class T>
 void update_direction(int64_t n, T beta, const T* z, T* p);
@@ -52,6 +56,10 @@ FourSums update_with_product(int64_t n, T alpha, T shift, const T* p, const T* H
 //                                                                                          reads 4, writes 2 words
 template <class T>
 FourSums advance_with_product(int64_t n, T beta, const T* z, const T* Hz, T* p, T* Hp);
+
+// p.q, p.r, p.p, q.q                                                                      reads 3 words
+template <class T>
+FourSums direction_sums(int64_t n, const T* p, const T* q, const T* r);
 
 // r = b - ax with ax in double; returns r . r before rounding to T                         reads 2, writes 1 word
 template <class T>

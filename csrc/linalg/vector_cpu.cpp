@@ -45,6 +45,11 @@ KANTOR_SIMD void combine(int64_t n, T a, const T* __restrict x, T b, T* __restri
 }
 
 template <class T>
+KANTOR_SIMD void scale_in_place(int64_t n, T a, T* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] *= a;
+}
+
+template <class T>
 KANTOR_SIMD void update_direction(int64_t n, T beta, const T* __restrict z, T* __restrict p) {
   if (beta == 0)
     for (int64_t i = 0; i < n; ++i) p[i] = z[i];
@@ -157,6 +162,20 @@ KANTOR_SIMD FourSums advance_with_product(int64_t n, T beta, const T* __restrict
 }
 
 template <class T>
+KANTOR_SIMD FourSums direction_sums(int64_t n, const T* p, const T* q, const T* r) {
+  return four_sums(
+      n,
+      [=](int64_t i, Double8& pq, Double8& pr, Double8& pp, Double8& qq) KANTOR_INLINE_LAMBDA {
+        const Double8 pd = load8(p + i), qd = load8(q + i), rd = load8(r + i);
+        pq += pd * qd, pr += pd * rd, pp += pd * pd, qq += qd * qd;
+      },
+      [=](int64_t i, FourSums& sums) KANTOR_INLINE_LAMBDA {
+        const double pd = p[i], qd = q[i], rd = r[i];
+        sums[0] += pd * qd, sums[1] += pd * rd, sums[2] += pd * pd, sums[3] += qd * qd;
+      });
+}
+
+template <class T>
 KANTOR_SIMD double subtract(int64_t n, const T* __restrict b, const double* __restrict ax, T* __restrict r) {
   for (int64_t i = 0; i < n; ++i) r[i] = static_cast<T>(double(b[i]) - ax[i]);
   return lane_sum(
@@ -186,6 +205,8 @@ KANTOR_SIMD void scale(int64_t n, double a, const T* __restrict x, Out* __restri
   template double weighted_square(int64_t, const T*, const T*);                         \
   template double max_abs(int64_t, const T*);                                           \
   template void multiply_add(int64_t, T, const T*, T, const T*, T*);                    \
+  template void scale_in_place(int64_t, T, T*);                                         \
+  template FourSums direction_sums(int64_t, const T*, const T*, const T*);              \
   template void update_direction(int64_t, T, const T*, T*);                             \
   template void update_direction_scaled(int64_t, T, const T*, const T*, T*);            \
   template double update_iterate(int64_t, T, const T*, const T*, T*, T*);               \

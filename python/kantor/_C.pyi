@@ -21,6 +21,8 @@ cg_state_size: int  # float64 numbers per system in the `info` of cg
 capped_state_size: int  # and in the `states` of capped_cg
 multishift_state_size: int  # float64 numbers in the `state` of multishift_cg
 multishift_scalars: int  # and per shift
+flexible_state_size: int  # float64 numbers per system of flexible_cg
+direction_scalars: int  # and per direction kept
 
 # --- core ---
 
@@ -102,6 +104,30 @@ def multishift_cg(
     threads: int,
 ) -> int: ...  # calls of `product`
 def multishift_workspace_bytes() -> int: ...
+
+_Encoded: TypeAlias = tuple[Sequence[Tensor], Sequence[int], Sequence[float]]
+
+def flexible_cg(
+    A: _Encoded,  # empty: `product` stands in
+    f: _Encoded,  # the map; empty: the residual itself, or `direction`
+    fallback: _Encoded,  # likewise
+    b: Tensor,  # (batch, n)
+    vectors: Sequence[Tensor],  # x, r (batch, n); ring (slots, 2, batch, n); direction (batch, n)
+    zero_start: bool,
+    tables: Sequence[Tensor],  # float64: (batch, flexible_state_size), (batch, slots, direction_scalars), history
+    workspace: Tensor,  # uint8
+    projections: Tensor | None,  # float64, for the low-rank terms of A, f and the fallback
+    rtol: float,
+    atol: float,
+    max_iterations: int,
+    numbers: Sequence[int],  # window, notay, normalised, rounds between true residuals, patience, stall_after
+    product: Callable[[bool, int], None] | None,  # ring[slot, 1] = A x if the argument is true, else A ring[slot, 0]
+    direction: Callable[[int], None] | None,  # ring[slot, 0] = f(ring[slot, 1])
+    fall_back: Callable[[int], None] | None,  # ring[slot, 1] = M r
+    user_monitor: Callable[[int, float], bool] | None,
+    threads: int,
+) -> None: ...
+def flexible_workspace_bytes(batch: int) -> int: ...
 def capped_scan(arrays: Tensor, j: int) -> tuple[float, int]: ...  # the smallest ratio of test 4, and its index
 def capped_workspace_bytes(batch: int) -> int: ...
 def csr_check(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> dict[str, int]: ...  # struct CsrReport

@@ -132,3 +132,44 @@ def _logged(description: str, rtol: float, quantity: str, goal: str) -> Iterator
     finally:
         if not math.isnan(last[1]):
             record()
+
+
+@contextmanager
+def steps_bar(enabled: bool, description: str, total: int, start: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Context manager yielding ``advance(step, note)``, for loops whose number of steps is known.
+
+    With tqdm installed a bar is drawn on stderr; without it the logger ``kantor`` gets an INFO record once a second.
+
+    Parameters
+    ----------
+    enabled : bool
+        When False the function does nothing and nothing is imported.
+    description : str
+        Short name shown in front of the bar.
+    total, start : int
+        Number of steps, and how many are done already.
+    """
+    if not enabled:
+        yield lambda step, note: None
+        return
+    logged = time.perf_counter()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+
+        def record(step: int, note: str) -> None:
+            nonlocal logged
+            if time.perf_counter() - logged >= _LOG_SECONDS:
+                logged = time.perf_counter()
+                logging.getLogger("kantor").info("%s: step %d of %d, %s", description, step, total, note)
+
+        yield record
+        return
+
+    with tqdm(total=total, initial=start, desc=description, dynamic_ncols=True) as bar:
+
+        def advance(step: int, note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(step - bar.n)
+
+        yield advance

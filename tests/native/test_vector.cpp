@@ -110,7 +110,28 @@ TEST_CASE_TEMPLATE("elementwise updates give the bits of the plain loop", T, flo
     p = p0;
     update_direction_scaled(n, beta, d_.data(), z_.data(), p.data());
     for (int64_t i = 0; i < n; ++i) REQUIRE(p[i] == d[i] * z[i] + beta * p0[i]);
+
+    p = p0;
+    scale_in_place(n, alpha, p.data());
+    for (int64_t i = 0; i < n; ++i) REQUIRE(p[i] == alpha * p0[i]);
     CHECK((p.intact() && out.intact()));
+  });
+}
+
+TEST_CASE_TEMPLATE("the four sums of a direction", T, float, double) {
+  for_each_length([](int64_t n, int64_t shift) {
+    CAPTURE(n);
+    Vector<T> p(n, 1, shift), q(n, 2, shift), r(n, 3, shift);
+    const FourSums sums = direction_sums(n, p.data(), q.data(), r.data());
+    // Half as many lanes as a dot has: a few more roundings.
+    const auto close = [n](const Vector<T>& a, const Vector<T>& b, double value) {
+      const Exact exact(n, [&](int64_t i) { return static_cast<long double>(a[i]) * b[i]; });
+      return std::fabs(value - exact.sum) <= 4e-15L * exact.size;
+    };
+    CHECK(close(p, q, sums[0]));
+    CHECK(close(p, r, sums[1]));
+    CHECK(close(p, p, sums[2]));
+    CHECK(close(q, q, sums[3]));
   });
 }
 

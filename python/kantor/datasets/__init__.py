@@ -1,5 +1,6 @@
 """Problems and small data that tests, benchmarks, documentation and demo share."""
 
+from kantor.datasets import poisson_scenes
 from kantor.datasets.minimization import MinimizationProblem, minimization_problems
 from kantor.datasets.transport import (
     colour_clouds,
@@ -21,6 +22,7 @@ __all__ = [
     "minimization_problems",
     "mixture_1d",
     "point_clouds",
+    "poisson_scenes",
     "random_assignment",
     "transport_problems",
 ]

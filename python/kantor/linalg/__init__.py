@@ -6,10 +6,13 @@ from kantor.linalg.callable import Callable
 from kantor.linalg.capped_cg import CappedCGResult, CappedCGStatus, capped_cg
 from kantor.linalg.cg import cg
 from kantor.linalg.csr import CSR
+from kantor.linalg.dcdm import dcdm
 from kantor.linalg.dense import Dense
 from kantor.linalg.diagonal import Diagonal
 from kantor.linalg.direction_net import DirectionNet
 from kantor.linalg.direction_training import TrainingResult, train_direction_net
+from kantor.linalg.fcg import fcg
+from kantor.linalg.flexible_cg import FlexibleResult
 from kantor.linalg.lanczos_samples import ritz_dataset
 from kantor.linalg.learned_vcycle import LearnedVCycle
 from kantor.linalg.low_rank import LowRank
@@ -30,6 +33,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DirectionNet",
+    "FlexibleResult",
     "LearnedVCycle",
     "LinearOperator",
     "LowRank",
@@ -45,6 +49,8 @@ __all__ = [
     "as_operator",
     "capped_cg",
     "cg",
+    "dcdm",
+    "fcg",
     "ic0",
     "jacobi",
     "multishift_cg",

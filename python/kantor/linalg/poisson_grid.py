@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kantor import _C
-from kantor._checks import check_finite, check_float, check_same, check_tensor, host, is_readable
-from kantor.linalg import _native
+from kantor._checks import check_float, check_same, check_tensor, host, is_readable
 from kantor.linalg._native import DIAGONAL, FACES, POISSON, Encoded
 from kantor.linalg._operator import LinearOperator
 
