@@ -23,7 +23,7 @@ from kantor.linalg import LearnedVCycle, PoissonGrid, cg, train_vcycle
 from torch import Tensor
 
 SIZE = {2: 64, 3: 32}
-BATCH, ITERATIONS, STEPS = {2: 2, 3: 1}, {2: 6, 3: 5}, {2: 800, 3: 400}
+BATCH, ITERATIONS, STEPS = {2: 2, 3: 1}, {2: 6, 3: 5}, {2: 800, 3: 350}
 Scene = Callable[[tuple[int, ...]], Tensor]
 TABLE: list[tuple[str, Scene]] = [
     ("balls", lambda shape: scenes.smoke_balls(shape, seed=100)),
@@ -36,7 +36,7 @@ TABLE: list[tuple[str, Scene]] = [
 
 
 def training_scenes(dim: int) -> tuple[list[PoissonGrid], list[PoissonGrid]]:
-    """Six scenes of balls and a tank; and those on which the cycle must only be safe."""
+    """Six scenes of balls and a tank; and those on which the sweeps must only contract."""
     shape = (SIZE[dim],) * dim
     learn = [scenes.smoke_balls(shape, seed=seed) for seed in range(6)] + [scenes.tank(shape)]
     guard = [scenes.dam(shape), scenes.box_dirichlet(shape), scenes.baffles(shape)]
@@ -48,7 +48,14 @@ def train(dim: int) -> LearnedVCycle:
     net = LearnedVCycle(dim, pretrained=False)
     started = time.process_time()
     result = train_vcycle(
-        net, learn, guards=guard, steps=STEPS[dim], batch=BATCH[dim], iterations=ITERATIONS[dim], contraction=1.97, progress=True
+        net,
+        learn,
+        guards=guard,
+        steps=STEPS[dim],
+        batch=BATCH[dim],
+        iterations=ITERATIONS[dim],
+        contraction=1.97,
+        progress=True,
     )
     print(f"{result}\n  CPU seconds {time.process_time() - started:.0f}")
     return net

@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bind/dispatch.h"
 #include "bind/operator_args.h"
 #include "bind/tensor_caster.h"
@@ -56,14 +58,17 @@ py::tuple bind_multigrid_setup(const std::vector<Tensor>& operands, int64_t nz, 
       std::vector<int64_t>(layout, layout + level_layout_size * static_cast<int64_t>(built->levels.size())));
 }
 
-// Bytes of workspace for the encoding [8, n, width, ...] of a hierarchy; the arena is not looked at.
+// Bytes of workspace, enough for the CPU and for CUDA, for the encoding [8, n, width, ...] of a hierarchy; the arena is
+// not looked at.
 int64_t bind_multigrid_workspace(const std::vector<int64_t>& layout, int threads) {
   Tensor nothing;
   nothing.dtype = Dtype::u8, nothing.ndim = 1, nothing.strides[0] = 1;
   const OperatorArgs args{{nothing, nothing}, layout, {1.0}};
   const Multigrid M = OperatorReader(args, nothing).multigrid();
   return std::visit(
-      [&]<class S>(const Hierarchy<S>& h) { return int64_t(sizeof(S)) * multigrid_workspace_cpu(h, threads); },
+      [&]<class S>(const Hierarchy<S>& h) {
+        return int64_t(sizeof(S)) * std::max(multigrid_workspace_cpu(h, threads), multigrid_workspace_cuda(h));
+      },
       M.hierarchy);
 }
 

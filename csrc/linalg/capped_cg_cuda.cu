@@ -134,6 +134,8 @@ class CappedCudaSpace {
     const T* d = nullptr;
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M_))
       launch_incomplete_cholesky<CappedState, T>(exec_, v.states, *factor, levels_, v.batch, v.r, v.q, v.z);
+    else if (const auto* multigrid = std::get_if<Multigrid>(&M_))
+      for (int64_t at = 0; at < v.batch * v.n; at += v.n) apply_multigrid_cuda(exec_, *multigrid, v.r + at, v.z + at);
     else if (const auto* callback = std::get_if<Callback>(&M_))
       (*callback)();
     else if (const auto* diagonal = std::get_if<Diagonal<T>>(&M_))

@@ -171,6 +171,10 @@ class CudaSpace {
     if (scaling_ != Scaling::stored) return;  // r.z came with the update
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M_)) {
       launch_incomplete_cholesky(exec_, v_.states, *factor, levels_, v_.batch, v_.r, v_.q, v_.z);
+    } else if (const auto* multigrid = std::get_if<Multigrid>(&M_)) {
+      // Finished systems too: which ones run is known on the device only.
+      for (int64_t at = 0; at < v_.batch * v_.n; at += v_.n)
+        apply_multigrid_cuda(exec_, *multigrid, v_.r + at, v_.z + at);
     } else if (const auto* callback = std::get_if<Callback>(&M_)) {
       (*callback)();
     } else {

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "core/exec.h"
+#include "core/hd.h"
 #include "core/parallel.h"
 
 namespace kantor {
@@ -69,9 +70,9 @@ struct GridLevel {
   const S* stencil;            // 27 values, or null
   const S* scale;              // of the correction
 
-  int64_t plane() const { return ny * nx; }
-  int64_t size() const { return nz * ny * nx; }
-  int64_t coarse(int64_t n) const { return (n + 1) / 2; }
+  KANTOR_HD int64_t plane() const { return ny * nx; }
+  KANTOR_HD int64_t size() const { return nz * ny * nx; }
+  KANTOR_HD int64_t coarse(int64_t n) const { return (n + 1) / 2; }
 };
 
 template <class S>
@@ -197,9 +198,14 @@ void cycle(Passes& passes, size_t level, size_t levels) {
   passes.up(level);
 }
 
-// z = M r for one vector. `work` holds multigrid_workspace elements of S; it needs no particular contents.
+// z = M r for one vector. `work` holds multigrid_workspace elements of S; it needs no particular contents. On CUDA it has
+// room for a residual of the first level beside the vectors.
 template <class S>
 int64_t multigrid_workspace_cpu(const Hierarchy<S>& M, int threads);
+template <class S>
+int64_t multigrid_workspace_cuda(const Hierarchy<S>& M) {
+  return cycle_workspace(M) + M.n();
+}
 template <class S, class T>
 void multigrid_cpu(Team& team, const Hierarchy<S>& M, const T* r, S* work, T* z);
 template <class S, class T>

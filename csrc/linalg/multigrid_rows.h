@@ -31,11 +31,16 @@ struct VoxelLinks {
     const S x = (cell & 16 ? u.centre[i - 1] : S(0)) + (cell & 32 ? u.centre[i + 1] : S(0));
     return x + (y + z);
   }
-  // v where the cell is linked to that side, else zero.
-  KANTOR_ALWAYS_INLINE S z_link(int64_t i, bool upper, S v) const { return cells[i] & (upper ? 2 : 1) ? v : S(0); }
-  KANTOR_ALWAYS_INLINE S y_link(int64_t i, bool upper, S v) const { return cells[i] & (upper ? 8 : 4) ? v : S(0); }
-  KANTOR_ALWAYS_INLINE S left_link(int64_t i, S v) const { return cells[i] & 16 ? v : S(0); }
-  KANTOR_ALWAYS_INLINE S right_link(int64_t i, S v) const { return cells[i] & 32 ? v : S(0); }
+  // The links of a row towards one side: v where there is one, else zero.
+  struct Side {
+    const uint16_t* cells;
+    unsigned bit;
+    KANTOR_ALWAYS_INLINE S operator()(int64_t i, S v) const { return cells[i] & bit ? v : S(0); }
+  };
+  KANTOR_ALWAYS_INLINE Side z_side(bool upper) const { return {cells, upper ? 2u : 1u}; }
+  KANTOR_ALWAYS_INLINE Side y_side(bool upper) const { return {cells, upper ? 8u : 4u}; }
+  KANTOR_ALWAYS_INLINE Side left_side() const { return {cells, 16}; }
+  KANTOR_ALWAYS_INLINE Side right_side() const { return {cells, 32}; }
 };
 
 template <class S>
@@ -53,10 +58,14 @@ struct FaceLinks {
     const S x = left[i] * u.centre[i - 1] + left[i + 1] * u.centre[i + 1];
     return x + (y + z);
   }
-  KANTOR_ALWAYS_INLINE S z_link(int64_t i, bool upper, S v) const { return (upper ? above : below)[i] > 0 ? v : S(0); }
-  KANTOR_ALWAYS_INLINE S y_link(int64_t i, bool upper, S v) const { return (upper ? back : front)[i] > 0 ? v : S(0); }
-  KANTOR_ALWAYS_INLINE S left_link(int64_t i, S v) const { return left[i] > 0 ? v : S(0); }
-  KANTOR_ALWAYS_INLINE S right_link(int64_t i, S v) const { return left[i + 1] > 0 ? v : S(0); }
+  struct Side {
+    const S* coefficients;
+    KANTOR_ALWAYS_INLINE S operator()(int64_t i, S v) const { return coefficients[i] > 0 ? v : S(0); }
+  };
+  KANTOR_ALWAYS_INLINE Side z_side(bool upper) const { return {upper ? above : below}; }
+  KANTOR_ALWAYS_INLINE Side y_side(bool upper) const { return {upper ? back : front}; }
+  KANTOR_ALWAYS_INLINE Side left_side() const { return {left}; }
+  KANTOR_ALWAYS_INLINE Side right_side() const { return {left + 1}; }
 };
 
 // One colour from zero: out = mask b / D.
@@ -135,31 +144,46 @@ struct Sides {
   bool z_upper, y_upper;
 };
 
-// S u at cell i: u + 1/4 sum of the differences to the linked partners. even[i] is 1 for even i.
+// S u of a row: u + 1/4 sum of the differences to the linked partners. even[i] is 1 for even i.
 template <class S, class Links>
-KANTOR_ALWAYS_INLINE S partners(Links links, Sides sides, const Neighbours<S>& u, const S* even, int64_t i) {
-  const S c = u.centre[i];
-  const S z = links.z_link(i, sides.z_upper, (sides.z_upper ? u.above : u.below)[i] - c);
-  const S y = links.y_link(i, sides.y_upper, (sides.y_upper ? u.back : u.front)[i] - c);
-  const S left = links.left_link(i, u.centre[i - 1] - c), right = links.right_link(i, u.centre[i + 1] - c);
-  const S x = even[i] * left + (S(1) - even[i]) * right;
-  return c + S(0.25) * (x + (y + z));
-}
+struct Partners {
+  const S *centre, *z, *y, *even;
+  typename Links::Side z_side, y_side, left_side, right_side;
+
+  KANTOR_ALWAYS_INLINE Partners(Links links, Sides sides, const Neighbours<S>& u, const S* even_cells)
+      : centre(u.centre),
+        z(sides.z_upper ? u.above : u.below),
+        y(sides.y_upper ? u.back : u.front),
+        even(even_cells),
+        z_side(links.z_side(sides.z_upper)),
+        y_side(links.y_side(sides.y_upper)),
+        left_side(links.left_side()),
+        right_side(links.right_side()) {}
+
+  KANTOR_ALWAYS_INLINE S operator()(int64_t i) const {
+    const S c = centre[i];
+    const S across = z_side(i, z[i] - c) + y_side(i, y[i] - c);
+    const S left = left_side(i, centre[i - 1] - c), right = right_side(i, centre[i + 1] - c);
+    return c + S(0.25) * ((even[i] * left + (S(1) - even[i]) * right) + across);
+  }
+};
 
 template <class S, class Links>
 KANTOR_SIMD void partners_row(Links links, Sides sides, int64_t n, Neighbours<S> u, const S* even, S* __restrict out) {
+  const Partners<S, Links> value(links, sides, u, even);
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = partners(links, sides, u, even, i);
+  for (int64_t i = 0; i < n; ++i) out[i] = value(i);
 }
 
 // out = x + scale S u, zero where there is no unknown.
 template <class S, class Links>
 KANTOR_SIMD void correct_row(Links links, Sides sides, int64_t n, Neighbours<S> u, const S* even, S scale, const S* x,
                              S* __restrict out) {
+  const Partners<S, Links> value(links, sides, u, even);
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    const S value = x[i] + scale * partners(links, sides, u, even, i);
-    out[i] = links.inverse(i) > 0 ? value : S(0);
+    const S corrected = x[i] + scale * value(i);
+    out[i] = links.inverse(i) > 0 ? corrected : S(0);
   }
 }
 

@@ -69,7 +69,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return ctx.A(gradient), None
 
 
@@ -120,11 +120,11 @@ def build_levels(faces: Sequence[Tensor], dirichlet: Tensor) -> list[Level]:
         active = A.diagonal > 0
         inverse_root = torch.where(active, A.diagonal, torch.ones_like(A.diagonal)).rsqrt() * active
         axes = [torch.arange(n, device=dirichlet.device) for n in A.grid]
-        even = sum(torch.meshgrid(*axes, indexing="ij")) % 2 == 0
+        even = torch.stack(torch.meshgrid(*axes, indexing="ij")).sum(0) % 2 == 0
         if math.prod(A.grid) <= COARSEST_CELLS:
             levels.append(Level(A, inverse_root, None, _pseudo_inverse(A), even))
             return levels
-        levels.append(Level(A, inverse_root, _averaging(faces, dirichlet), None, even))
+        levels.append(Level(A, inverse_root, _averaging(faces, active), None, even))
         dirichlet = dirichlet_factor(len(levels) - 1) * _sum_children(dirichlet, A.dim)
         faces = [_coarse_faces(c, axis, A.dim) for axis, c in enumerate(faces, start=-A.dim)]
 
@@ -139,14 +139,14 @@ def _matrix(faces: Sequence[Tensor], dirichlet: Tensor) -> Neighbours:
     return Neighbours(dirichlet, inner)
 
 
-def _averaging(faces: Sequence[Tensor], dirichlet: Tensor) -> Neighbours:
-    """``S = I - L / 4``; blocks begin at even cells, so that even faces cross their borders."""
+def _averaging(faces: Sequence[Tensor], active: Tensor) -> Neighbours:
+    """``S = I - L / 4`` on the unknowns; blocks begin at even cells, so that even faces cross their borders."""
     crossing = []
     for axis, c in enumerate(faces, start=-len(faces)):
         is_border = torch.arange(c.shape[axis], device=c.device) % 2 == 0
         crossing.append((c > 0).to(c.dtype) * is_border.reshape(-1, *[1] * (-axis - 1)))
-    L = _matrix(crossing, torch.zeros_like(dirichlet))
-    return Neighbours(1 - L.diagonal / 4, [-c / 4 for c in L.faces])
+    L = _matrix(crossing, torch.zeros(active.shape, dtype=faces[0].dtype, device=active.device))
+    return Neighbours(active.to(L.diagonal.dtype) - L.diagonal / 4, [-c / 4 for c in L.faces])
 
 
 def _pseudo_inverse(A: Neighbours) -> Tensor:
@@ -155,7 +155,8 @@ def _pseudo_inverse(A: Neighbours) -> Tensor:
     double = Neighbours(A.diagonal.double(), [c.double() for c in A.faces])
     units = torch.eye(n, dtype=torch.float64, device=A.diagonal.device).reshape(n, *A.grid)
     dense = double(units.expand(*A.diagonal.shape[: -A.dim][:-1], *units.shape)).flatten(-A.dim)
-    return torch.linalg.pinv(dense, rtol=1e-10, hermitian=True).to(A.diagonal.dtype)
+    inverse: Tensor = torch.linalg.pinv(dense, rtol=1e-10, hermitian=True)
+    return inverse.to(A.diagonal.dtype)
 
 
 def _sum_children(x: Tensor, dim: int, but: int | None = None) -> Tensor:
@@ -262,7 +263,8 @@ def v_cycle(
     def cycle(index: int, b: Tensor) -> Tensor:
         level = levels[index]
         if level.inverse is not None:
-            return (b.flatten(-level.A.dim) @ level.inverse).unflatten(-1, level.A.grid)  # the inverse is symmetric
+            e: Tensor = (b.flatten(-level.A.dim) @ level.inverse).unflatten(-1, level.A.grid)  # it is symmetric
+            return e
         x = sweep(index, b, None, transposed=False)
         for _ in range(nu - 1):
             x = sweep(index, b, x, transposed=False)

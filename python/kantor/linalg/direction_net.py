@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kantor._checks import check_float, check_tensor
+from kantor.linalg._conv_inference import PRECISIONS, PackedNet
 from kantor.linalg.poisson_grid import PoissonGrid
 
 COUNTS = {"64": (1, 3, 2), "128": (2, 5, 3)}
@@ -221,22 +222,16 @@ class DirectionNet(nn.Module):
             Another dimension, or an unknown precision.
         """
         check_bound("DirectionNet", self.dim, grid)
-        packed = self._packed(grid, precision)
-        return DirectionMap(grid, packed, f"{self!r}, {precision}")
-
-    def _packed(self, grid: PoissonGrid, precision: str) -> Callable[[Tensor], Tensor]:
-        """Native inference where the build has it, else this module's own forward with a copy of the weights."""
-        if importlib.util.find_spec("kantor.linalg._conv_inference") is not None and self.channels % 4 == 0:
-            inference: Any = importlib.import_module("kantor.linalg._conv_inference")
-            packed: Callable[[Tensor], Tensor] = inference.PackedNet(self, grid.mask, precision=precision)
-            return packed
-        if precision not in ("float32", "bfloat16", "tf32"):
-            raise ValueError(
-                f"DirectionNet.bind: precision: expected 'float32', 'bfloat16' or 'tf32', got {precision!r}"
-            )
-        copy = DirectionNet(self.dim, self.variant, self.channels, self.bias).to(grid.device)
-        copy.load_state_dict({name: value.detach().float().clone() for name, value in self.state_dict().items()})
-        return lambda r: copy(r, grid.mask)
+        if precision not in PRECISIONS:
+            raise ValueError(f"DirectionNet.bind: precision: expected one of {PRECISIONS}, got {precision!r}")
+        apply: Callable[[Tensor], Tensor]
+        if self.channels % 4 == 0:
+            apply = PackedNet(self, grid.mask, precision=precision)
+        else:  # the native code has no kernels for these
+            copy = DirectionNet(self.dim, self.variant, self.channels, self.bias).to(grid.device)
+            copy.load_state_dict(self.state_dict())
+            apply = partial(copy, mask=grid.mask)
+        return DirectionMap(grid, apply, f"{self!r}, {precision}")
 
     def __repr__(self) -> str:
         return (

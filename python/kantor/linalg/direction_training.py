@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kantor._checks import check_float, check_tensor
+from kantor._checks import check_finite, check_float, check_tensor
 from kantor._errors import NumericalBreakdown
 from kantor._progress import steps_bar
 from kantor.linalg._training import Checkpoint, Log, TrainingInfo, TrainingResult, after_step
@@ -263,6 +263,7 @@ def _split(entry: Any, number: int, validation: float, seed: int, like: Tensor) 
         )
     samples = check_tensor(samples, "train_direction_net", "samples")
     check_float(samples, "train_direction_net", "samples")
+    check_finite(samples, "train_direction_net", "samples")
     if samples.ndim == 2 and samples.shape[1] == operator.shape[0]:
         samples = samples.unflatten(1, operator.grid)
     if tuple(samples.shape[1:]) != operator.grid:

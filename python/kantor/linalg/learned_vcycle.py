@@ -95,8 +95,9 @@ class LearnedVCycle(nn.Module):
         if not (isinstance(nu, int) and 1 <= nu <= 8):
             raise ValueError(f"LearnedVCycle: nu: expected an integer from 1 to 8, got {nu!r}")
         self.dim, self.smoother, self.nu = dim, smoother, nu
-        stencils = torch.zeros((LEVELS, *[3] * dim), dtype=torch.float64)
-        stencils[(slice(None), *[1] * dim)] = DAMPING
+        stencils = torch.zeros((LEVELS, 3**dim), dtype=torch.float64)
+        stencils[:, 3**dim // 2] = DAMPING
+        stencils = stencils.unflatten(1, [3] * dim)
         scales = torch.ones(LEVELS, dtype=torch.float64)
         if smoother == "stencil":
             if pretrained:

@@ -157,15 +157,16 @@ def train_vcycle(
                     f"train_vcycle: the loss of step {step} is {float(loss.detach())}: lower lr (it was {lr:g})"
                 )
             adam.zero_grad()
-            (loss + _PENALTY * tied.penalty(watched, stencils, contraction)).backward()  # type: ignore[no-untyped-call]
+            (loss + _PENALTY * tied.penalty(watched, stencils, contraction)).backward()
             adam.step()
             log.losses.append(math.exp(float(loss.detach())))
             if (step + 1) % _VALIDATE == 0 or step + 1 == steps:
                 unseen = torch.Generator().manual_seed(seed + 1)
                 with torch.no_grad():
-                    log.validation_steps.append(step + 1)
-                    held_out = _log_reduction(net, train, *tied(), batch, iterations, unseen)
-                    log.validation_losses.append(math.exp(float(held_out)))
+                    stencils, scales = tied()
+                    held_out = _log_reduction(net, train, stencils, scales, batch, iterations, unseen)
+                log.validation_steps.append(step + 1)
+                log.validation_losses.append(math.exp(float(held_out)))
             advance(step + 1, f"reduction {log.losses[-1]:.4f}, validation {log.latest:.4f}")
             log.seconds = before + time.perf_counter() - started
             if asked():
