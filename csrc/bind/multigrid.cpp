@@ -80,6 +80,7 @@ void bind_multigrid_apply(const std::vector<Tensor>& operands, const std::vector
     const T* rs = elements<const T>(r, "r").data();
     T* zs = elements<T>(z, "z").data();
     const int64_t n = M.n();
+    require(std::visit([](const auto& h) { return h.workers; }, M.hierarchy) > 0, "multigrid: too little workspace");
     require(n > 0 && r.size() % n == 0 && z.size() == r.size(), "multigrid: r and z must be (batch, n)");
     const Exec exec = exec_for(r, threads);
     py::gil_scoped_release nogil;

@@ -102,7 +102,8 @@ class OperatorReader {
       for (int64_t i = 0; i < level_layout_size; ++i) reinterpret_cast<int64_t*>(&layout)[i] = next();
     const Tensor& arena_tensor = operand_at(0);
     const auto* arena = reinterpret_cast<const std::byte*>(operand<const uint8_t>(arena_tensor.size()));
-    void* workspace = operand<uint8_t>(operand_at(0).size());
+    const int64_t bytes = operand_at(0).size();
+    void* workspace = operand<uint8_t>(bytes);
     Multigrid M{{}, workspace};
     const auto smoothing = static_cast<GridSmoother>(smoother);
     if (width == 4)
@@ -110,6 +111,7 @@ class OperatorReader {
     else
       M.hierarchy = hierarchy_view<double>(layouts, arena, smoothing, sweeps);
     require(M.n() == n, "multigrid: the layout does not match its first level");
+    std::visit([&](auto& h) { h.workers = workers_for(h, bytes); }, M.hierarchy);
     return M;
   }
 

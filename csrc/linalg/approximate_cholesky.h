@@ -9,6 +9,7 @@
 // Time and memory O(edges log edges); on the graphs met here the factor has one to three entries an edge.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace kantor {
@@ -31,6 +32,11 @@ struct Edge {
 // Factor of the Laplacian of `edges` on `vertices` vertices plus diag(excess), excess >= 0.
 ApproximateCholesky approximate_cholesky(int64_t vertices, const std::vector<Edge>& edges,
                                          const std::vector<double>& excess);
+
+// The exact factor, in the same order of degrees; nothing once it would have more than `most_entries`. For graphs that
+// are nearly forests, where little fills in.
+std::optional<ApproximateCholesky> exact_cholesky(int64_t vertices, const std::vector<Edge>& edges,
+                                                  const std::vector<double>& excess, int64_t most_entries);
 
 // z = (L D L')^-1 r; z may be r.
 void approximate_cholesky_solve(const ApproximateCholesky& factor, const double* r, double* z);

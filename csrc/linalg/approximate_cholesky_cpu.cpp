@@ -81,10 +81,9 @@ struct Neighbour {
   int32_t vertex, parallel;  // how many edges were merged
 };
 
-}  // namespace
-
-ApproximateCholesky approximate_cholesky(int64_t vertices, const std::vector<Edge>& edges,
-                                         const std::vector<double>& excess_in) {
+// Elimination with sampled cliques, or with whole ones as long as the factor has at most `most_entries`.
+std::optional<ApproximateCholesky> eliminate(int64_t vertices, const std::vector<Edge>& edges,
+                                             const std::vector<double>& excess_in, bool exact, int64_t most_entries) {
   std::vector<double> excess = excess_in;
   std::vector<int32_t> degree(vertices, 0);
   Adjacency adjacency;
@@ -145,6 +144,17 @@ ApproximateCholesky approximate_cholesky(int64_t vertices, const std::vector<Edg
       factor.share.push_back(near.weight / pivot);
       const double weight = near.weight / pivot * later[k + 1];
       if (!(weight > 0)) continue;
+      if (exact) {
+        for (int64_t l = k + 1; l < d; ++l) {
+          const Neighbour& far = neighbours[l];
+          const double fill = near.weight / pivot * far.weight;
+          adjacency.add(near.vertex, far.vertex, fill);
+          adjacency.add(far.vertex, near.vertex, fill);
+          ++degree[near.vertex], ++degree[far.vertex];
+        }
+        excess[near.vertex] += near.weight / pivot * excess[v];
+        continue;
+      }
       // The neighbour l > k in whose stretch of later[l + 1]..later[l] the number falls; d is the ground.
       const double number = uniform() * later[k + 1];
       int64_t low = k + 1, high = d;
@@ -167,8 +177,22 @@ ApproximateCholesky approximate_cholesky(int64_t vertices, const std::vector<Edg
     }
     for (const Neighbour& near : neighbours) queue.update(near.vertex, degree[near.vertex]);
     factor.start.push_back(static_cast<int64_t>(factor.row.size()));
+    if (exact && static_cast<int64_t>(std::max(factor.row.size(), adjacency.halves.size() / 8)) > most_entries)
+      return {};
   }
   return factor;
+}
+
+}  // namespace
+
+ApproximateCholesky approximate_cholesky(int64_t vertices, const std::vector<Edge>& edges,
+                                         const std::vector<double>& excess) {
+  return *eliminate(vertices, edges, excess, false, 0);
+}
+
+std::optional<ApproximateCholesky> exact_cholesky(int64_t vertices, const std::vector<Edge>& edges,
+                                                  const std::vector<double>& excess, int64_t most_entries) {
+  return eliminate(vertices, edges, excess, true, most_entries);
 }
 
 void approximate_cholesky_solve(const ApproximateCholesky& factor, const double* r, double* z) {

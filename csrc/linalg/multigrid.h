@@ -111,7 +111,8 @@ struct Hierarchy {
   };
   std::vector<Level> levels;
   GridSmoother smoother;
-  int64_t sweeps;  // of the smoother on grids, before and after the correction each
+  int64_t sweeps;   // of the smoother on grids, before and after the correction each
+  int workers = 1;  // on the CPU: how many the workspace has room for
 
   int64_t n() const { return levels.front().n; }
 };
@@ -123,7 +124,7 @@ inline constexpr int64_t dense_limit = 64;  // unknowns of a last level that is
 template <class S>
 Hierarchy<S> hierarchy_view(const std::vector<LevelLayout>& layouts, const std::byte* arena, GridSmoother smoother,
                             int64_t sweeps) {
-  Hierarchy<S> M{{}, smoother, sweeps};
+  Hierarchy<S> M{{}, smoother, sweeps, 1};
   for (const LevelLayout& layout : layouts) {
     const auto array = [&]<class E>(int which, E) {
       return layout.offset[which] < 0 ? nullptr : reinterpret_cast<const E*>(arena + layout.offset[which]);
@@ -198,10 +199,12 @@ void cycle(Passes& passes, size_t level, size_t levels) {
   passes.up(level);
 }
 
-// z = M r for one vector. `work` holds multigrid_workspace elements of S; it needs no particular contents. On CUDA it has
-// room for a residual of the first level beside the vectors.
+// z = M r for one vector. `work` holds multigrid_workspace elements of S; it needs no particular contents. On CUDA it
+// has room for a residual of the first level beside the vectors.
 template <class S>
 int64_t multigrid_workspace_cpu(const Hierarchy<S>& M, int threads);
+template <class S>
+int workers_for(const Hierarchy<S>& M, int64_t workspace_bytes);  // 0: not even for one
 template <class S>
 int64_t multigrid_workspace_cuda(const Hierarchy<S>& M) {
   return cycle_workspace(M) + M.n();

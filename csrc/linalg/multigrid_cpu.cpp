@@ -316,7 +316,9 @@ class CpuPasses {
     const GridLevel<S>& fine = M_.levels[0].grid;
     const int64_t most = static_cast<int64_t>(std::max(down_.size(), up_.size()));
     const int64_t ring_size = Rings<S>::size(fine.ny, fine.nx, most);
-    pass(grid.size(), [&](int worker, int workers) {
+    pass(grid.size(), [&](int worker, int team) {
+      const int workers = std::min(team, M_.workers);
+      if (worker >= workers) return;
       const Range blocks = share(grid.coarse(grid.nz), worker, workers);
       const Range own{2 * blocks.begin, std::min(2 * blocks.end, grid.nz)};
       if (own.begin >= own.end) return;
@@ -414,10 +416,20 @@ class CpuPasses {
 }  // namespace
 
 template <class S>
-int64_t multigrid_workspace_cpu(const Hierarchy<S>& M, int threads) {
-  const auto stages = static_cast<int64_t>(2 * M.sweeps + 2);
+int64_t ring_size(const Hierarchy<S>& M) {
   const GridLevel<S>& grid = M.levels.front().grid;
-  return cycle_workspace(M) + std::max(1, threads) * Rings<S>::size(grid.ny, grid.nx, stages);
+  return Rings<S>::size(grid.ny, grid.nx, 2 * M.sweeps + 2);
+}
+
+template <class S>
+int64_t multigrid_workspace_cpu(const Hierarchy<S>& M, int threads) {
+  return cycle_workspace(M) + std::max(1, threads) * ring_size(M);
+}
+
+template <class S>
+int workers_for(const Hierarchy<S>& M, int64_t workspace_bytes) {
+  const int64_t left = workspace_bytes / int64_t(sizeof(S)) - cycle_workspace(M);
+  return static_cast<int>(std::clamp<int64_t>(left / ring_size(M), 0, 1 << 20));
 }
 
 template <class S, class T>
@@ -434,6 +446,8 @@ void multigrid_cpu(Team& team, const Hierarchy<S>& M, const T* r, S* work, T* z)
   cycle(passes, 0, M.levels.size());
 }
 
+template int workers_for(const Hierarchy<float>&, int64_t);
+template int workers_for(const Hierarchy<double>&, int64_t);
 template int64_t multigrid_workspace_cpu(const Hierarchy<float>&, int);
 template int64_t multigrid_workspace_cpu(const Hierarchy<double>&, int);
 template void multigrid_cpu(Team&, const Hierarchy<float>&, const float*, float*, float*);

@@ -3,7 +3,8 @@
 //   start        read r 8, cells 2, write x 4            correction   read x 4, cells 2, write x 4
 //   residual     read x 4, r 8, cells 2, write 4         black        read x 4, r 8, cells 2, write x 4
 //   restriction  read 4, cells 2                         red          read x 4, r 8, cells 2, write z 8
-// that is 88 bytes, and a seventh of about 80 for all coarser levels; on small grids the launches count.
+// that is 88 bytes, and a seventh of about 150 (with coefficients) for all coarser levels; on small grids the launches
+// count.
 #include <vector>
 
 #include "linalg/multigrid_kernels.h"
@@ -47,8 +48,7 @@ class CudaPasses {
   void solve_last() {
     const auto& level = M_.levels.back();
     const Vectors& v = vectors_.back();
-    if (level.kind == LevelKind::dense)
-      return launch(level.n, dense_kernel<S, S, S>, level.n, level.dense, v.b, v.e);
+    if (level.kind == LevelKind::dense) return launch(level.n, dense_kernel<S, S, S>, level.n, level.dense, v.b, v.e);
     const int64_t kept = level.n <= factor_shared_limit<S> ? level.n : 0;
     SIMT_LAUNCH(factor_kernel<S>, dim3(1), threads_per_block, static_cast<size_t>(kept) * sizeof(S), exec_.stream,
                 level.factor, v.b, v.e);
@@ -91,7 +91,8 @@ class CudaPasses {
     S *x = vectors_[l].x, *scratch = vectors_[l].saved;
     if (M_.smoother == GridSmoother::red_black) {
       launch(grid.size(), grid_start_kernel<S, B>, grid, b, x);
-      for (int64_t k = 1; k < M_.sweeps; ++k) half_sweep(grid, Colour::red, b, x), half_sweep(grid, Colour::black, b, x);
+      for (int64_t k = 1; k < M_.sweeps; ++k)
+        half_sweep(grid, Colour::red, b, x), half_sweep(grid, Colour::black, b, x);
     } else {
       for (int64_t k = 0; k < M_.sweeps; ++k) stencil_sweep(grid, false, b, k == 0 ? nullptr : x, scratch, x);
     }

@@ -239,9 +239,16 @@ __global__ void grid_correction_kernel(GridLevel<S> grid, const S* coarse, S* x)
     };
     // A step to the partner leads into the next block, in cells as in blocks.
     x[i] += scale * smoothed(links, partners, correction(0, 0, 0), [&](int axis) {
-      return correction(axis != 0 ? 0 : partners.above ? 1 : -1, axis != 1 ? 0 : partners.back ? 1 : -1,
-                        axis != 2 ? 0 : partners.right ? 1 : -1);
-    });
+              return correction(axis != 0        ? 0
+                                : partners.above ? 1
+                                                 : -1,
+                                axis != 1       ? 0
+                                : partners.back ? 1
+                                                : -1,
+                                axis != 2        ? 0
+                                : partners.right ? 1
+                                                 : -1);
+            });
   });
 }
 

@@ -364,11 +364,14 @@ class Builder {
     const int64_t visits = 4 * visited * n <= 5 * first_size ? 2 : 1;
     if (n <= dense_limit) return dense(c);
     const auto edges = static_cast<int64_t>(c.col.size()) / 2;
-    if (4 * edges <= 5 * n) return factor(c);  // all but a forest
+    if (4 * edges <= 5 * n && factor(c, 8 * n)) return;  // all but a forest
     Interpolation<S> P;
     const GraphCoefficients<S> coarse = coarsen_graph(c, dirichlet_factor(level()), P);
     // Blocks that leave nothing to coarsen, or swallow large pieces whole.
-    if (10 * coarse.n() > 9 * n || 32 * coarse.n() < n) return factor(c);
+    if (10 * coarse.n() > 9 * n || 32 * coarse.n() < n) {
+      if (!factor(c, std::max<int64_t>(64 * n, 1 << 22))) approximate_factor(c);
+      return;
+    }
     LevelLayout layout = level_layout(LevelKind::graph, 1, 1, n);
     layout.visits = visits;
     layout.offset[GraphArrays::crow] = arena_.add(c.crow);
@@ -397,13 +400,30 @@ class Builder {
     graph(coarse, first_size, visited * visits);
   }
 
-  void factor(const GraphCoefficients<S>& c) {
+  static std::vector<Edge> edges_of(const GraphCoefficients<S>& c) {
     std::vector<Edge> edges;
     for (int32_t i = 0; i < c.n(); ++i)
       for (int32_t k = c.crow[i]; k < c.crow[i + 1]; ++k)
         if (c.col[k] < i) edges.push_back({i, c.col[k], double(c.values[k])});
-    const ApproximateCholesky L = approximate_cholesky(c.n(), edges, std::vector<double>(c.d.begin(), c.d.end()));
-    LevelLayout layout = level_layout(LevelKind::factor, 1, 1, c.n());
+    return edges;
+  }
+
+  // The last level by an exact factor, unless that fills in too much.
+  bool factor(const GraphCoefficients<S>& c, int64_t most_entries) {
+    const auto L = exact_cholesky(c.n(), edges_of(c), std::vector<double>(c.d.begin(), c.d.end()), most_entries);
+    if (L) factor_level(*L);
+    return L.has_value();
+  }
+
+  // By an approximate one otherwise. It may be far above the inverse, and a second visit of a level above would then
+  // turn the cycle indefinite: no level is visited twice.
+  void approximate_factor(const GraphCoefficients<S>& c) {
+    factor_level(approximate_cholesky(c.n(), edges_of(c), std::vector<double>(c.d.begin(), c.d.end())));
+    for (LevelLayout& layout : built_.levels) layout.visits = 1;
+  }
+
+  void factor_level(const ApproximateCholesky& L) {
+    LevelLayout layout = level_layout(LevelKind::factor, 1, 1, static_cast<int64_t>(L.order.size()));
     std::vector<S> inverse(L.pivot.size());
     for (size_t k = 0; k < inverse.size(); ++k) inverse[k] = L.pivot[k] > 0 ? static_cast<S>(1 / L.pivot[k]) : S(0);
     layout.offset[FactorArrays::order] = arena_.add(L.order);

@@ -135,6 +135,7 @@ def csr_transpose(crow: Tensor, col: Tensor, t_crow: Tensor, t_col: Tensor, perm
 def csr_asymmetry(crow: Tensor, col: Tensor, values: Tensor) -> tuple[float, int, int]: ...  # |a_ij - a_ji|, i, j
 def ic0_factor(crow: Tensor, col: Tensor, values: Tensor, shift: float, factor: Tensor) -> int: ...
 def level_schedule(crow: Tensor, col: Tensor, pointers: Tensor, rows: Tensor) -> int: ...
+
 level_layout_size: int  # integers that describe a level of multigrid
 
 # The arena and the levels' layout; host tensors.

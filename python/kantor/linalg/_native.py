@@ -36,7 +36,7 @@ _GRIDS = (STENCIL, FACES, POISSON)
 
 # Columns of the `info` output of cg: struct CgState in csrc/linalg/cg.h.
 STATUS, ITERATIONS, RESIDUAL_NORM, B_NORM, CURVATURE, HISTORY_STRIDE, HISTORY_COUNT, RESTARTS = range(8)
-INTERRUPTED, BAD_SCALE, BREAKDOWN = 7, 10, 6
+INTERRUPTED, INDEFINITE_PRECONDITIONER, BAD_SCALE, BREAKDOWN = 7, 9, 10, 6
 
 
 class Encoded(NamedTuple):
@@ -194,6 +194,17 @@ def _low_rank_tangent(F: Tensor, w: Tensor, dF: Tensor | None, dw: Tensor | None
     return torch.stack(parts).sum(0)
 
 
+def with_workspace(M: Encoded, like: Tensor) -> Encoded:
+    """The encoding of a preconditioner with the scratch memory that its kind needs, made for one run.
+
+    The operands of an operator may be kept for a derivative and used by several threads at once; scratch may not.
+    """
+    if M.layout[:1] != [MULTIGRID]:
+        return M
+    size = backend().multigrid_workspace(M.layout, torch.get_num_threads())
+    return M._replace(operands=[*M.operands, like.new_empty(size, dtype=torch.uint8)])
+
+
 def projections(A: Encoded, M: Encoded | None, batch: int, like: Tensor) -> Tensor | None:
     """Workspace for the low-rank terms of an operator and a preconditioner; None where there are none."""
     layouts = [A.layout] if M is None else [A.layout, M.layout]
@@ -318,6 +329,7 @@ def run_cg(
         assert precondition is not None
         z.copy_(precondition(r.view(shape)).reshape(z.shape))
 
+    M = with_workspace(M, b2)
     current = hooks.get()
     native.cg(
         *A, *M, b2, x, [r, p.view(b2.shape), q, z], x0 is None, info, history, workspace,
@@ -481,7 +493,8 @@ ic0_solve: Callable[..., Tensor] = declare(
 def _multigrid_forward(operands: list[Tensor], layout: list[int], r: Tensor) -> Tensor:
     z = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     if r.numel():
-        backend().multigrid_apply(operands, layout, r, z, torch.get_num_threads())
+        M = with_workspace(Encoded(operands, layout, [1.0]), r)
+        backend().multigrid_apply(M.operands, layout, r, z, torch.get_num_threads())
     return z
 
 

@@ -227,6 +227,14 @@ class Sum(LinearOperator):
             encoded.scales.extend(scale * s for s in scales)
         return encoded
 
+    def admit(self, b: Tensor, name: str) -> Tensor:
+        """As the operator itself does where this is a multiple of one; see :meth:`LinearOperator.admit`."""
+        return self.terms[0][1].admit(b, name) if len(self.terms) == 1 else b
+
+    def settle(self, x: Tensor) -> Tensor:
+        """As the operator itself does where this is a multiple of one; see :meth:`LinearOperator.settle`."""
+        return self.terms[0][1].settle(x) if len(self.terms) == 1 else x
+
     def _apply(self, x: Tensor) -> Tensor:
         if self.is_native:
             return super()._apply(x)

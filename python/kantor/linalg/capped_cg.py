@@ -196,7 +196,7 @@ class CappedSolver:
         if M_inv is not None:
             z = self._z = torch.empty_like(self._r) if self._z is None else self._z
             if M_inv.is_native:
-                M = M_inv.encode()
+                M = _native.with_workspace(M_inv.encode(), self._r)
             else:
                 r_view, z_view, apply = self._r.view(self.shape), z.view(self.shape), M_inv.matvec
 

@@ -8,13 +8,14 @@ The iteration itself is csrc/linalg/cg.h; here are the checks, the choice of pat
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
 from collections.abc import Callable as CallableType
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,10 @@ from kantor._result import History, SolveResult, SolveStatus
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded, Hooks, hooks, run_cg
 from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg.multigrid import Multigrid
 from kantor.linalg.preconditioners import as_preconditioner
+
+_logger = logging.getLogger("kantor")
 
 _STATUSES = {
     1: SolveStatus.CONVERGED,
@@ -177,6 +181,9 @@ def cg(
         token = hooks.set(Hooks(monitor, interrupt == "return"))
         try:
             x, direction, info, history = problem.solve(storage, wants_gradient)
+            while (safer := problem.with_safer_preconditioner(info)) is not None:
+                problem = safer
+                x, direction, info, history = problem.solve(storage, wants_gradient)
         finally:
             hooks.reset(token)
     x = operator.settle(x)
@@ -203,6 +210,17 @@ class _Problem:
     @property
     def is_native(self) -> bool:
         return self.A.is_native and (self.M is None or self.M.is_native)
+
+    def with_safer_preconditioner(self, info: Tensor) -> _Problem | None:
+        """The same problem, where the preconditioner turned out indefinite and knows a safer form of itself."""
+        indefinite = (info.detach()[..., _native.STATUS] == _native.INDEFINITE_PRECONDITIONER).any()
+        if not isinstance(self.M, Multigrid) or not bool(indefinite):
+            return None
+        safer = self.M.safer()
+        if safer is None:
+            return None
+        _logger.warning("cg: M: %r is not positive definite here; going on with %r", self.M, safer)
+        return replace(self, M=safer)
 
     @property
     def tensors(self) -> list[Tensor]:

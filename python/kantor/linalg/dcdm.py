@@ -75,7 +75,8 @@ def dcdm(
         infinity, is zero, has ``|p.r| < 1e-12 |p| |r|`` or ``p.Ap <= 0``, or is made of the previous ones. The previous
         directions are then forgotten. It also steps in after 5 steps that gain next to nothing. When it had to 5 times,
         without a good step of f between, or when 100 iterations did not halve the residual, f is given up: conjugate
-        gradients go on with this preconditioner, and a warning is logged. Default: "jacobi" where the diagonal of A is known and positive, else the residual.
+        gradients go on with this preconditioner, and a warning is logged. Default: "jacobi" where the diagonal of A is
+        known and positive, else the residual.
     true_residual_every : int
         Iterations after which the residual is formed anew, at the price of a product; 0: only at the end.
     callback : callable, optional

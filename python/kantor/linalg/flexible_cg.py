@@ -158,6 +158,7 @@ class FlexibleProblem:
             Encoded([t.detach().resolve_neg().contiguous() for t in e.operands], e.layout, e.scales)
             for e in (A, self.f.native, self.fallback.native)
         )
+        f, fallback = _native.with_workspace(f, b), _native.with_workspace(fallback, b)
         settings, n = self.settings, b.shape[-1]
         b2 = b.resolve_neg().reshape(-1, n).contiguous()
         batch = b2.shape[0]

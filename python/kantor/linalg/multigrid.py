@@ -122,9 +122,12 @@ class Multigrid(LinearOperator):
         operands = [host(t) for t in A.encode().operands]
         if A.face_coef is None:
             operands[0] = operands[0].reshape(-1)
+        nz, ny, nx = A._native_grid
         arena, levels = _C.multigrid_setup(
             operands,
-            *A._native_grid,
+            nz,
+            ny,
+            nx,
             precision is torch.float32,
             walls,
             kernels,
@@ -135,7 +138,6 @@ class Multigrid(LinearOperator):
         width = 4 if precision is torch.float32 else 8
         count = len(levels) // _C.level_layout_size
         self._layout = [MULTIGRID, self.shape[0], width, int(smoother != "rbgs"), sweeps, count, *levels]
-        self._factor = A.spacing**2
 
     @property
     def levels(self) -> list[dict[str, object]]:
@@ -154,15 +156,28 @@ class Multigrid(LinearOperator):
         return any(level["kind"] in ("graph", "factor") for level in self.levels)
 
     def encode(self) -> Encoded:
-        """The levels' arrays and a workspace for one application."""
-        bytes_needed = _C.multigrid_workspace(self._layout, torch.get_num_threads())
-        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=self.device)
-        return Encoded([self._arena, workspace], self._layout, [1.0])
+        """The levels' arrays."""
+        return Encoded([self._arena], self._layout, [1.0])
 
     def _apply(self, x: Tensor) -> Tensor:
         operands, layout, _ = self.encode()
         result: Tensor = _native.multigrid(operands, layout, x)
         return result
+
+    def safer(self) -> Multigrid | None:
+        """A cycle that is positive definite where this one, by its stencils or second visits, is not, if there is one.
+
+        Learned stencils give way to damped Jacobi, then second visits of graph levels (a W-cycle) to single ones.
+        """
+        if self.smoother == "stencil":
+            return Multigrid(self.A, smoother="jacobi", sweeps=self.sweeps, walls=self.walls, precision=self.precision)
+        single = list(self._layout)
+        single[6 + 4 :: _C.level_layout_size] = [1] * single[5]
+        if single == self._layout:
+            return None
+        other = self.to(self.dtype)
+        other._layout = single
+        return other
 
     @property
     def T(self) -> Multigrid:  # noqa: N802

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -57,6 +56,11 @@ class PoissonGrid(LinearOperator):
         Whether each cell is an unknown, bool, shaped like the grid.
     num_unknowns : int
         Number of FLUID cells.
+    cells : Tensor
+        Per cell its links and its diagonal, uint8 ``(*grid, 2)``, as native code takes them (csrc/linalg/operator.h).
+    closed_components : tuple of Tensor and int
+        The components of the fluid that touch no AIR, numbered in the order of their first cells: int32 like the grid,
+        -1 elsewhere, and how many there are.
 
     Raises
     ------
@@ -107,8 +111,9 @@ class PoissonGrid(LinearOperator):
                 f"PoissonGrid: flags: expected shape (ny, nx) or (nz, ny, nx), got {tuple(flags.shape)}; make one "
                 "operator for each grid of a batch"
             )
-        if not (isinstance(spacing, int | float) and 0 < spacing < math.inf):
-            raise ValueError(f"PoissonGrid: spacing: expected a positive finite number, got {spacing!r}")
+        # h and 1/h^2 both in the range of float32.
+        if not (isinstance(spacing, int | float) and 1e-18 <= spacing <= 1e18):
+            raise ValueError(f"PoissonGrid: spacing: expected a number from 1e-18 to 1e18, got {spacing!r}")
         flags = flags if device is None else flags.to(device)
         known = (flags == SOLID) | (flags == FLUID) | (flags == AIR)
         if not bool(known.all()):
@@ -116,7 +121,7 @@ class PoissonGrid(LinearOperator):
             raise ValueError(
                 f"PoissonGrid: flags: expected 0 (solid), 2 (fluid) or 3 (air), got {int(flags[where])} at {where}"
             )
-        self.flags = flags.to(torch.uint8).contiguous()
+        self.flags = flags.to(torch.uint8, copy=True, memory_format=torch.contiguous_format)
         self.mask = self.flags == FLUID
         self.num_unknowns = int(self.mask.sum())
         if self.num_unknowns == 0:
@@ -125,6 +130,8 @@ class PoissonGrid(LinearOperator):
         self.grid = tuple(flags.shape)
         self.shape = (flags.numel(), flags.numel())
         self.device = flags.device
+        self.cells = self._cells()
+        self.closed_components = self._closed_components()
         self.face_coef = None if face_coef is None else self._checked_coefficients(face_coef)
         self.dtype = dtype or (self.face_coef[0].dtype if self.face_coef else torch.float64)
         check_float(torch.empty(0, dtype=self.dtype), "PoissonGrid", "dtype")
@@ -133,6 +140,11 @@ class PoissonGrid(LinearOperator):
 
     def _checked_coefficients(self, face_coef: Sequence[Tensor]) -> tuple[Tensor, ...]:
         names = ("cz", "cy", "cx")[-len(self.grid) :]
+        if not isinstance(face_coef, list | tuple):
+            raise TypeError(
+                f"PoissonGrid: face_coef: expected {len(names)} tensors ({', '.join(names)}), "
+                f"got {type(face_coef).__name__}"
+            )
         if len(face_coef) != len(names):
             raise ValueError(f"PoissonGrid: face_coef: expected {len(names)} tensors, got {len(face_coef)}")
         pairs = list(zip(names, face_coef, strict=True))
@@ -173,9 +185,7 @@ class PoissonGrid(LinearOperator):
         before, after = self._sides(axis)
         return (before + after) == FLUID + AIR
 
-    @cached_property
-    def cells(self) -> Tensor:
-        """Per cell the links to its neighbours and the diagonal, uint8 ``(*grid, 2)``; see csrc/linalg/operator.h."""
+    def _cells(self) -> Tensor:
         links = self.mask.byte() * 64
         diagonal = torch.zeros_like(self.flags)
         for axis, n in enumerate(self.grid):
@@ -213,21 +223,12 @@ class PoissonGrid(LinearOperator):
         scale = 1 / self.spacing**2
         if self.face_coef is None:
             return Encoded([self.cells], [POISSON, *native_grid], [scale])
-        faces, d = self._coefficients
+        faces, d = self.coefficients()
         operands = [d.new_zeros(1), *(c.contiguous() for c in faces), d.reshape(-1)]
         layout = [FACES, *native_grid, len(self.grid), DIAGONAL, self.shape[0]]
         return Encoded(operands, layout, [scale, scale])
 
-    @cached_property
-    def _coefficients(self) -> tuple[list[Tensor], Tensor]:
-        return self.coefficients()
-
-    @cached_property
-    def closed_components(self) -> tuple[Tensor, int]:
-        """Components of the fluid that touch no AIR: their numbers, int32 like the grid (-1 elsewhere), and the count.
-
-        Numbered from 0 in the order of their first cells. O(n), computed once, on the host.
-        """
+    def _closed_components(self) -> tuple[Tensor, int]:
         labels = torch.empty(self.grid, dtype=torch.int32)
         count = _C.closed_components(host(self.cells), labels, *self._native_grid)
         return labels.to(self.device), count
@@ -240,8 +241,7 @@ class PoissonGrid(LinearOperator):
         ValueError
             The sum over a closed component is more than rounding: ``|sum b| > 1e-6 sum |b|``.
         """
-        flat_mask = self.mask.reshape(-1)
-        b = torch.where(flat_mask, b, torch.zeros_like(b))
+        b = self._confined(b)
         labels, count = self.closed_components
         if count == 0:
             return b
@@ -262,9 +262,22 @@ class PoissonGrid(LinearOperator):
 
     def settle(self, x: Tensor) -> Tensor:
         """Return the solution that has zero mean over every closed component."""
+        x = self._confined(x)
         if self.closed_components[1] == 0:
             return x
         return self._without_means(x, self._component_sums(x))
+
+    def _confined(self, v: Tensor) -> Tensor:
+        """Flat vectors on the fluid alone; its derivative confines what derivatives are solved for."""
+        return torch.where(self._flat_mask, v, v.new_zeros(()))
+
+    @property
+    def _flat_mask(self) -> Tensor:
+        return self.mask.reshape(-1)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        # Coefficients of zero would let NaN through; voxels skip what is not linked.
+        return super()._apply(x if self.face_coef is None else self._confined(x))
 
     def _component_sums(self, v: Tensor) -> Tensor:
         labels, count = self.closed_components
@@ -289,7 +302,7 @@ class PoissonGrid(LinearOperator):
         if self.face_coef is None:
             total = self.cells[..., 1].to(self.dtype)
         else:
-            faces, total = self._coefficients
+            faces, total = self.coefficients()
             for axis, face in enumerate(faces):
                 n = self.grid[axis]
                 total = total + face.narrow(axis, 0, n) + face.narrow(axis, 1, n)
@@ -307,7 +320,8 @@ class PoissonGrid(LinearOperator):
         if v.ndim == 0 or v.shape[-1] != self.num_unknowns:
             raise ValueError(f"PoissonGrid.expand: v: expected shape (..., {self.num_unknowns}), got {tuple(v.shape)}")
         flat = v.new_zeros((*v.shape[:-1], self.shape[0])).index_copy(-1, self._unknowns, v)
-        return flat.unflatten(-1, self.grid)
+        expanded: Tensor = flat.unflatten(-1, self.grid)
+        return expanded
 
     def _check_grid_vector(self, x: Tensor, name: str) -> None:
         check_tensor(x, f"PoissonGrid.{name}", "x")
@@ -332,7 +346,7 @@ class PoissonGrid(LinearOperator):
         """
         from kantor.linalg.csr import CSR
 
-        faces, _ = self._coefficients
+        faces, _ = self.coefficients()
         index = torch.arange(self.shape[0], device=self.device).reshape(self.grid)
         diagonal = self.diagonal()
         if compressed:
@@ -357,7 +371,7 @@ class PoissonGrid(LinearOperator):
     def to(self, dtype: torch.dtype) -> PoissonGrid:
         """Convert the coefficients."""
         converted = PoissonGrid.__new__(PoissonGrid)
-        converted.__dict__.update({key: value for key, value in self.__dict__.items() if key != "_coefficients"})
+        converted.__dict__.update(self.__dict__)
         check_float(torch.empty(0, dtype=dtype), "PoissonGrid.to", "dtype")
         converted.dtype = dtype
         if self.face_coef is not None:
