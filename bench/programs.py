@@ -14,11 +14,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BUILT_HERE = REPOSITORY / "build" / "bench"
 FLAGS = ["-std=gnu++20", "-O3", "-fopenmp"]
 # What each program needs beside its own source: more flags, and files of csrc/ (the flags of CMakeLists.txt).
+_EXACT = ["-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+_KRYLOV = ["vector", "operator", "low_rank", "cg", "ic0", "multigrid"]
 NEEDS = {
     "bench_roofline": (["-march=native", "-ffp-contract=fast"], []),
-    "bench_cg": (
-        ["-Wno-psabi", "-fno-math-errno", "-ffp-contract=off"],
-        ["core/parallel.cpp", *(f"linalg/{stem}_cpu.cpp" for stem in ("vector", "operator", "cg", "ic0"))],
+    "bench_cg": (_EXACT, ["core/parallel.cpp", *(f"linalg/{stem}_cpu.cpp" for stem in _KRYLOV)]),
+    "bench_multigrid": (
+        _EXACT,
+        [
+            "core/parallel.cpp",
+            *(f"linalg/{stem}_cpu.cpp" for stem in ("vector", "operator", "low_rank", "multigrid")),
+            *(f"linalg/{stem}.cpp" for stem in ("multigrid_graph", "multigrid_setup", "approximate_cholesky_cpu")),
+        ],
     ),
 }
 

@@ -18,7 +18,9 @@ import torch
 from scipy.sparse.linalg import spsolve
 from typer.testing import CliRunner
 
-from kantor import cli
+from kantor import _solve_preconditioner, cli
+from kantor.datasets import poisson_scenes
+from kantor.linalg import PoissonGrid
 
 SIDE = 12
 N = SIDE * SIDE
@@ -132,14 +134,14 @@ def test_table_says_what_was_done(folder):
         "ones (no --rhs given)",
         "144",
         "672",
-        "ic0",
+        "multigrid (a grid of 14 x 14 cells, constant coefficients)",
         "converged",
         "iterations",
         "|b - Ax|",
         "seconds",
         "x.npy",
     ):
-        assert word in result.stdout
+        assert word in " ".join(result.stdout.split())
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -175,11 +177,59 @@ def test_auto_falls_back_to_jacobi_with_the_reason(folder, monkeypatch):
     def breaks_down(A):
         raise cli.kantor.NumericalBreakdown("ic0: A: the pivot of row 7 is not positive")
 
-    monkeypatch.setattr(cli, "ic0", breaks_down)
-    result = run("solve", "a.mtx")
+    monkeypatch.setattr(_solve_preconditioner, "ic0", breaks_down)
+    scipy.io.mmwrite("s.mtx", poisson() + sp.eye_array(N), symmetry="symmetric")
+    result = run("solve", "s.mtx")
     assert result.exit_code == 0
-    assert "jacobi (no ic0: the pivot of row 7" in " ".join(result.stdout.split())
+    words = " ".join(result.stdout.split())
+    assert "jacobi (no multigrid: 1 on the diagonal of a row is more than its links explain" in words
+    assert "; no ic0: the pivot of row 7" in words
     expect_bad_input(run("solve", "a.mtx", "--preconditioner", "ic0"), "--preconditioner ic0", "pivot of row 7")
+
+
+def test_auto_falls_back_to_ic0_with_the_reason(folder):
+    scipy.io.mmwrite("s.mtx", poisson() + sp.eye_array(N), symmetry="symmetric")
+    _, outcome = solve_json("s.mtx")
+    assert outcome["preconditioner"] == "ic0"
+    assert outcome["preconditioner_note"].startswith("no multigrid: 1 on the diagonal of a row")
+    result = run("solve", "s.mtx", "--preconditioner", "multigrid")
+    expect_bad_input(result, "--preconditioner multigrid", "more than its links explain")
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_multigrid_for_grids_with_solids(folder, compressed, dtype):
+    """Rows and columns of the file, whatever the cells of the grid behind; several right-hand sides."""
+    A = PoissonGrid(poisson_scenes.smoke_balls((40, 33)), spacing=0.5).to_csr(compressed=compressed).to_scipy()
+    scipy.io.mmwrite("g.mtx", A, symmetry="symmetric")
+    b = np.random.default_rng(0).standard_normal((A.shape[0], 2))
+    np.save("b.npy", b)
+    rtol = 1e-9 if dtype == "float64" else 1e-4
+    words = ("g.mtx", "--rhs", "b.npy", "--rtol", rtol, "--dtype", dtype, "-o", "x.npy")
+    code, outcome = solve_json(*words)
+    assert code == 0
+    assert outcome["preconditioner"] == "multigrid"
+    assert outcome["preconditioner_note"] == "a grid of 40 x 33 cells, constant coefficients"
+    assert outcome["iterations"] <= 16
+    assert outcome["unknowns"] == A.shape[0]
+    x = np.load("x.npy")
+    assert x.shape == b.shape
+    assert np.linalg.norm(A @ x - b) <= 2 * rtol * np.linalg.norm(b)
+    _, plain = solve_json(*words, "--preconditioner", "ic0")
+    assert plain["iterations"] > outcome["iterations"]
+
+
+def test_closed_grid_needs_a_right_hand_side_that_sums_to_zero(folder):
+    A = PoissonGrid(torch.full((12, 15), 2)).to_csr().to_scipy()
+    scipy.io.mmwrite("n.mtx", A, symmetry="symmetric")
+    expect_bad_input(run("solve", "n.mtx"), "closed component 0 (180 cells", "subtract the mean")
+    b = np.random.default_rng(0).standard_normal(180)
+    np.save("b.npy", b - b.mean())
+    code, outcome = solve_json("n.mtx", "--rhs", "b.npy", "--rtol", 1e-10, "-o", "x.npy")
+    assert (code, outcome["preconditioner"]) == (0, "multigrid")
+    x = np.load("x.npy")
+    assert abs(x.mean()) < 1e-12
+    assert np.linalg.norm(A @ x - b + b.mean()) <= 1e-9 * np.linalg.norm(b)
 
 
 # What does not converge --------------------------------------------------------------------------------------------
@@ -189,7 +239,7 @@ def test_iteration_limit_exits_1_and_says_what_to_try(folder):
     result = run("solve", "a.mtx", "--maxiter", 3, "--preconditioner", "none", "-o", "x.npy")
     assert result.exit_code == 1
     assert "maxiter" in result.stdout
-    for word in ("raise --maxiter", "--preconditioner ic0"):
+    for word in ("raise --maxiter", "--preconditioner auto"):
         assert word in result.stderr
     assert (folder / "x.npy").exists()
 

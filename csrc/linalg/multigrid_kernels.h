@@ -106,7 +106,15 @@ __global__ void grid_start_kernel(GridLevel<S> grid, const B* b, S* x) {
   });
 }
 
-// A half sweep of Gauss-Seidel on u, in place.
+// What a half sweep of Gauss-Seidel makes of u at cell i: in the form of the CPU's rows, so that roundings agree.
+template <class S, class B>
+__device__ __forceinline__ S relaxed(const GridLevel<S>& grid, int64_t i, const B* b, const S* u) {
+  const CellLinks<S> links = links_of(grid, i);
+  const S value = (S(b[i]) + linked_sum(links, grid, i, [&](int64_t j) { return u[j]; })) * links.inverse;
+  return u[i] + (value - u[i]);
+}
+
+// A half sweep on u, in place.
 template <class S, class B>
 __global__ void grid_half_sweep_kernel(GridLevel<S> grid, Colour colour, const B* b, S* u) {
   const int64_t pairs = (grid.nx + 1) / 2;
@@ -115,8 +123,7 @@ __global__ void grid_half_sweep_kernel(GridLevel<S> grid, Colour colour, const B
     const int64_t x = 2 * p.x + ((p.z + p.y + int(colour)) & 1);
     if (x >= grid.nx) return;
     const int64_t i = (p.z * grid.ny + p.y) * grid.nx + x;
-    const CellLinks<S> links = links_of(grid, i);
-    u[i] = (S(b[i]) + linked_sum(links, grid, i, [&](int64_t j) { return u[j]; })) * links.inverse;
+    u[i] = relaxed(grid, i, b, u);
   });
 }
 
@@ -125,12 +132,8 @@ template <class S, class B, class Out>
 __global__ void grid_last_half_sweep_kernel(GridLevel<S> grid, Colour colour, const B* b, const S* u, Out* out) {
   simt::grid_stride(grid.size(), [&](int64_t i) {
     const Place p = place_of(i, grid.ny, grid.nx);
-    S value = u[i];
-    if (((p.z + p.y + p.x) & 1) == int(colour)) {
-      const CellLinks<S> links = links_of(grid, i);
-      value = (S(b[i]) + linked_sum(links, grid, i, [&](int64_t j) { return u[j]; })) * links.inverse;
-    }
-    out[i] = static_cast<Out>(value);
+    const bool active = ((p.z + p.y + p.x) & 1) == int(colour);
+    out[i] = static_cast<Out>(active ? relaxed(grid, i, b, u) : u[i]);
   });
 }
 
@@ -255,8 +258,7 @@ __global__ void grid_correction_kernel(GridLevel<S> grid, const S* coarse, S* x)
 // --- graphs ---
 
 template <class S>
-__device__ __forceinline__ S row_sum(const Rows<S>& rows, int64_t i, const S* u) {
-  S sum = 0;
+__device__ __forceinline__ S row_sum(const Rows<S>& rows, int64_t i, const S* u, S sum = 0) {
   for (int32_t k = rows.crow[i]; k < rows.crow[i + 1]; ++k) sum += rows.values[k] * u[rows.col[k]];
   return sum;
 }
@@ -299,7 +301,7 @@ __global__ void graph_residual_kernel(GraphLevel<S> graph, const S* b, const S* 
 // y = or += rows u; and y += u.
 template <class S>
 __global__ void rows_kernel(int64_t n, Rows<S> rows, bool accumulate, const S* u, S* y) {
-  simt::grid_stride(n, [&](int64_t i) { y[i] = (accumulate ? y[i] : S(0)) + row_sum(rows, i, u); });
+  simt::grid_stride(n, [&](int64_t i) { y[i] = row_sum(rows, i, u, accumulate ? y[i] : S(0)); });
 }
 template <class S>
 __global__ void add_kernel(int64_t n, const S* u, S* y) {

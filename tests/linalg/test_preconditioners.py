@@ -264,7 +264,7 @@ def test_the_preconditioner_sees_the_shape_of_b() -> None:
 @pytest.mark.parametrize(
     ("M", "error_type", "match"),
     [
-        ("ilu", ValueError, "cg: M: expected 'jacobi', 'ic0', an operator or a callable, got 'ilu'"),
+        ("ilu", ValueError, "cg: M: expected 'jacobi', 'ic0', 'multigrid', an operator or a callable, got 'ilu'"),
         (3.0, TypeError, "as_operator: A: expected .*, got float"),
         (Diagonal(torch.ones(11, dtype=F64)), ValueError, r"cg: M: expected shape \(12, 12\), got \(11, 11\)"),
         (Diagonal(torch.ones(12, dtype=F32)), TypeError, "cg: M is .*float32.*, A is .*float64.*convert one"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kantor.demo import colour_transfer, phase_retrieval, poisson_editing
+from kantor.demo import colour_transfer, phase_retrieval, poisson_editing, smoke
 from kantor.demo.page import StationReport, write_page
 
 Size = Literal["small", "full"]
@@ -30,6 +30,7 @@ STATIONS = (
     Station("poisson_editing", poisson_editing.TITLE, poisson_editing.run),
     Station("phase_retrieval", phase_retrieval.TITLE, phase_retrieval.run),
     Station("colour_transfer", colour_transfer.TITLE, colour_transfer.run),
+    Station("smoke", smoke.TITLE, smoke.run),
 )
 
 __all__ = ["STATIONS", "Size", "Station", "StationReport", "write_page"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,3 +118,15 @@ class Album:
         pixels = np.rint(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
         Pillow.fromarray(pixels).save(self.folder / f"{name}.png")
         return Picture(f"{self.folder.name}/{name}.png", alt, caption, image.shape[1], image.shape[0])
+
+    def animate(self, name: str, frames: Sequence[Image], seconds: float, caption: str, alt: str) -> Picture:
+        """Write ``frames`` as ``name``.webp, played once: what moves on a page without end keeps from reading it."""
+        from PIL import Image as Pillow
+
+        first, *others = (
+            Pillow.fromarray(np.rint(np.clip(frame, 0.0, 1.0) * 255).astype(np.uint8)) for frame in frames
+        )
+        milliseconds = round(1000 * seconds / len(frames))
+        path = self.folder / f"{name}.webp"
+        first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=1, quality=80, method=2)
+        return Picture(f"{self.folder.name}/{name}.webp", alt, caption, first.width, first.height)

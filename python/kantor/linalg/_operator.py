@@ -109,6 +109,10 @@ class LinearOperator:
         """Return the matrix in compressed sparse row form. Differentiable."""
         raise TypeError(f"{type(self).__name__} has no sparse form; build a CSR for methods that need the entries")
 
+    def entries(self) -> CSR:
+        """Return the matrix in compressed sparse row form, of the operator's own shape. Differentiable."""
+        return self.to_csr()
+
     def to_scipy(self) -> ScipyOperator:
         """Return a ``scipy.sparse.linalg.LinearOperator`` on the host (needs scipy, extra ``cli``)."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
@@ -258,7 +262,7 @@ class Sum(LinearOperator):
         """Merge the terms' entries into one sparse matrix."""
         from kantor.linalg.csr import CSR
 
-        parts = [(scale, term.to_csr()) for scale, term in self.terms]
+        parts = [(scale, term.entries()) for scale, term in self.terms]
         return CSR.from_coo(
             torch.cat([_native.csr_rows(part.crow, part.col.numel()) for _, part in parts]),
             torch.cat([part.col for _, part in parts]),

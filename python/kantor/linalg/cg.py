@@ -92,8 +92,9 @@ def cg(
         grid shaped, ``(..., nz, ny, nx)``. float32 or float64.
     x0 : Tensor, optional
         Starting point, shaped like b. Default: zero.
-    M : None, "jacobi", "ic0", operator or callable
-        Preconditioner, an approximation of the inverse of A, symmetric positive definite.
+    M : None, "jacobi", "ic0", "multigrid", operator or callable
+        Preconditioner, an approximation of the inverse of A, symmetric positive definite. "multigrid" is for a
+        :class:`PoissonGrid`; see :class:`Multigrid`.
     rtol, atol : float
         Tolerances. With ``rtol=0, atol=0`` exactly `maxiter` iterations are made, unless the residual
         falls so far below rounding that its square vanishes.

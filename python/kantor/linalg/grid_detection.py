@@ -80,7 +80,7 @@ def detect_grid(A: CSR) -> GridMatrix:
 
     Recognised are
 
-    - boxes with all their cells, in C or Fortran order: the links join rows at the distances 1, nx, nx ny. Rows that
+    - boxes with all their cells, in C or Fortran order: the links join rows at the distances 1, nx and nx ny. Rows that
       stand alone (the identity in cells that are no unknowns) may be anywhere;
     - the fluid cells of a masked grid alone, in C order, as ``PoissonGrid.to_csr()`` gives them. Which way a link goes
       follows from the order of the rows, and from opposite sides of squares being parallel.
@@ -151,6 +151,8 @@ def detect_grid(A: CSR) -> GridMatrix:
         position = _masked(rows, links)
     if not _fits(position, links):
         raise NotAGridError("the links are not those of neighbours in a grid, or not in its order")
+    if bool((position == position[0]).all(0).sum() >= position.shape[1] - 1):
+        raise NotAGridError("a chain, whose incomplete Cholesky factor is exact")
     grid, cells = _grid(position + 1, links, excess[rows], tolerance[rows], A.dtype)
     error = (grid.diagonal()[cells].double() - diagonal[rows]).abs()
     if bool((error > 2 * tolerance[rows]).any()):
@@ -300,8 +302,7 @@ def _axes(rows: Tensor, links: _Links) -> tuple[Tensor, Tensor, Tensor]:
         pair = torch.stack([one[open_ends], other[open_ends]])
         pair = torch.where(axis[pair[0]] < 0, pair.flip(0), pair)
         axis[pair[1]] = axis[pair[0]]
-        undecided = axis[one] < 0
-        undecided |= axis[other] < 0
+        undecided = (axis[one] < 0) | (axis[other] < 0)
         one, other = one[undecided], other[undecided]
     guess = torch.where(next_row, d - 1, d - 2)
     return start, upper, torch.where(axis < 0, guess, axis)
@@ -339,7 +340,7 @@ def _grid(
     faces_needed = torch.zeros(fluid.shape, dtype=torch.int64)
     faces_needed[where] = (excess / scale).round().long()
     unit = bool(((links.weight - scale).abs() <= tolerance.max()).all())
-    unit = unit and bool(((excess - scale * faces_needed[where]).abs() <= tolerance).all())
+    unit = unit and bool(((excess - scale * faces_needed[where].double()).abs() <= tolerance).all())
     air = _air(fluid, faces_needed) if unit else None
     spread = torch.zeros(fluid.shape, dtype=torch.float64)
     if air is None:

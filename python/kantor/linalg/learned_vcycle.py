@@ -166,9 +166,10 @@ class LearnedVCycle(nn.Module):
         return Multigrid(grid, smoother=self.smoother, **options)
 
     def contraction(self, grid: PoissonGrid, iterations: int = 50) -> list[float]:
-        """Return for each level below which there is another the largest eigenvalue of a sweep's ``M A``.
+        """Return for each level below which there is another the largest eigenvalue of a sweep's ``N A``.
 
-        A sweep contracts in the norm of A if it is between 0 and 2, and M is positive definite if all do.
+        A sweep contracts in the norm of A if it is between 0 and 2, and M is positive definite if all do. It may well
+        be if some do not: what a sweep on a coarse level enlarges, those on finer levels reduce.
 
         Parameters
         ----------

@@ -161,8 +161,8 @@ class Multigrid(LinearOperator):
 
     def _apply(self, x: Tensor) -> Tensor:
         operands, layout, _ = self.encode()
-        result: Tensor = _native.multigrid(operands, layout, x)
-        return result
+        result: Tensor = _native.multigrid(operands, layout, x)  # for grid spacing one; solvers care for no factor
+        return result * self.A.spacing**2
 
     def safer(self) -> Multigrid | None:
         """A cycle that is positive definite where this one, by its stencils or second visits, is not, if there is one.

@@ -342,21 +342,26 @@ class PoissonGrid(LinearOperator):
         ----------
         compressed : bool
             Rows and columns are the unknowns in C order (see :meth:`compress`). False: all cells of the grid, with a
-            one on the diagonal of those that are no unknowns.
+            one on the diagonal where the row would be empty.
         """
+        if compressed:
+            number = torch.full_like(self._unknowns.new_zeros(self.shape[0]), -1)
+            number[self._unknowns] = torch.arange(self.num_unknowns, device=self.device)
+            return self._assemble(number, self.diagonal()[self._unknowns])
+        diagonal = self.diagonal()
+        index = torch.arange(self.shape[0], device=self.device)
+        return self._assemble(index, torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal))
+
+    def entries(self) -> CSR:
+        """Return the matrix over all cells of the grid, its rows outside the fluid empty."""
+        return self._assemble(torch.arange(self.shape[0], device=self.device), self.diagonal())
+
+    def _assemble(self, number: Tensor, diagonal: Tensor) -> CSR:
+        """Assemble from the number of every cell, -1 where there is none, and the diagonal in that numbering."""
         from kantor.linalg.csr import CSR
 
         faces, _ = self.coefficients()
-        index = torch.arange(self.shape[0], device=self.device).reshape(self.grid)
-        diagonal = self.diagonal()
-        if compressed:
-            number = torch.full_like(index.reshape(-1), -1)
-            number[self._unknowns] = torch.arange(self.num_unknowns, device=self.device)
-            index, diagonal = number.reshape(self.grid), diagonal[self._unknowns]
-            own = number[self._unknowns]
-        else:
-            own = index.reshape(-1)
-            diagonal = torch.where(self.mask.reshape(-1), diagonal, torch.ones_like(diagonal))
+        index, own = number.reshape(self.grid), number[number >= 0]
         rows, cols, values = [own], [own], [diagonal]
         for axis, face in enumerate(faces):
             n = self.grid[axis]
@@ -365,8 +370,13 @@ class PoissonGrid(LinearOperator):
             rows += [here, there]
             cols += [there, here]
             values += [-face.narrow(axis, 1, n - 1)[linked] / self.spacing**2] * 2
-        size = self.num_unknowns if compressed else self.shape[0]
-        return CSR.from_coo(torch.cat(rows), torch.cat(cols), torch.cat(values), (size, size))
+        return CSR.from_coo(torch.cat(rows), torch.cat(cols), torch.cat(values), (own.numel(), own.numel()))
+
+    def levels(self) -> list[dict[str, object]]:
+        """Return the levels that multigrid makes of this grid: see :attr:`Multigrid.levels`."""
+        from kantor.linalg.multigrid import Multigrid
+
+        return Multigrid(self).levels
 
     def to(self, dtype: torch.dtype) -> PoissonGrid:
         """Convert the coefficients."""

@@ -113,7 +113,7 @@ def ic0(A: Any) -> IncompleteCholesky:
     O(nnz * entries per row) once, on one host thread; each application reads the factor twice.
     """
     operator = as_operator(A)
-    matrix = operator.to_csr(compressed=False) if isinstance(operator, PoissonGrid) else operator.to_csr()
+    matrix = operator.entries()
     n = matrix.shape[0]
     if matrix.shape[1] != n:
         raise ValueError(f"ic0: A: expected a square matrix, got {matrix.shape}")
@@ -132,6 +132,10 @@ def ic0(A: Any) -> IncompleteCholesky:
     missing[col[col == rows].long()] = False
     if bool(missing.any()):
         raise ValueError(f"ic0: A: row {int(missing.nonzero()[0])} has no diagonal entry")
+    if operator.grid is not None:  # cells that are no unknowns have rows of zeros: they factor as the identity does
+        sums = values.new_zeros(n).index_add(0, rows, values.abs())
+        ends = l_crow[1:].long() - 1
+        l_values[ends] = torch.where(sums == 0, torch.ones_like(sums), l_values[ends])
     factor = torch.empty_like(l_values)
     row = -1
     for shift in _SHIFTS:
@@ -166,14 +170,20 @@ def _reorder(crow: Tensor, col: Tensor, values: Tensor, order: Tensor) -> tuple[
     return new_crow.int(), rank[col.long()[source]].int(), values[source].contiguous()
 
 
+def _multigrid(A: LinearOperator) -> LinearOperator:
+    from kantor.linalg.multigrid import Multigrid
+
+    return Multigrid(A)  # type: ignore[arg-type]  # says itself what it takes
+
+
 def as_preconditioner(M: Any, A: LinearOperator, like: Tensor, name: str = "cg: M") -> LinearOperator | None:
     """Resolve the argument `name` of a solver: None, a name, an operator or a callable."""
     if M is None:
         return None
     if isinstance(M, str):
-        builders = {"jacobi": jacobi, "ic0": ic0}
+        builders = {"jacobi": jacobi, "ic0": ic0, "multigrid": _multigrid}
         if M not in builders:
-            raise ValueError(f"{name}: expected 'jacobi', 'ic0', an operator or a callable, got {M!r}")
+            raise ValueError(f"{name}: expected 'jacobi', 'ic0', 'multigrid', an operator or a callable, got {M!r}")
         return builders[M](A)
     operator = as_operator(M, like=like)
     if operator.shape != A.shape:

@@ -1,0 +1,99 @@
+"""Which preconditioner ``kantor solve`` uses, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from torch import Tensor
+
+from kantor import KantorError
+from kantor._solve_files import BadInputError
+from kantor.linalg import CSR, LinearOperator, Multigrid, SolveResult, ic0, jacobi
+from kantor.linalg.grid_detection import GridMatrix, detect_grid
+
+_TINY = 64  # unknowns up to which a preconditioner cannot pay for its own set-up
+
+
+class Preconditioner(StrEnum):
+    """Choices of ``--preconditioner``."""
+
+    auto = "auto"
+    none = "none"
+    jacobi = "jacobi"
+    ic0 = "ic0"
+    multigrid = "multigrid"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What to solve with: the operator, its preconditioner, and the reason where it is not the obvious one.
+
+    With multigrid the operator is that of the grid behind the matrix; ``matrix`` tells which row is which cell.
+    """
+
+    A: LinearOperator
+    M: LinearOperator | None
+    name: str
+    note: str = ""
+    matrix: GridMatrix | None = None
+
+    def posed(self, b: Tensor) -> Tensor:
+        """Return right-hand sides of the matrix, (n,) or (k, n), as the operator takes them."""
+        return b if self.matrix is None else self.matrix.expand(b)
+
+    def answered(self, result: SolveResult, b: Tensor) -> SolveResult:
+        """Return the operator's result with the unknowns of the matrix."""
+        return result if self.matrix is None else replace(result, x=self.matrix.compress(result.x, b))
+
+
+def choose(wanted: Preconditioner, A: CSR) -> Chosen:
+    """Build the preconditioner that is wanted; ``auto``: the first that can be built of multigrid, ic0 and jacobi.
+
+    Raises
+    ------
+    BadInputError
+        The one that is wanted cannot be built.
+    """
+    if wanted is Preconditioner.none:
+        return Chosen(A, None, "none")
+    if wanted is Preconditioner.auto and A.shape[0] <= _TINY:
+        return Chosen(A, None, "none", f"{A.shape[0]} unknowns need none")
+    builders: dict[str, Callable[[CSR], Chosen]] = {"multigrid": _multigrid, "ic0": _ic0, "jacobi": _jacobi}
+    failures: dict[str, str] = {}
+    for name, build in builders.items():
+        if wanted.value not in ("auto", name):
+            continue
+        try:
+            chosen = build(A)
+        except (ValueError, KantorError) as error:
+            failures[name] = str(error).removeprefix(f"{name}: A: ")
+            continue
+        reasons = [note for note in (chosen.note, _because(failures)) if note]
+        return replace(chosen, note="; ".join(reasons))
+    if wanted is not Preconditioner.auto:
+        raise BadInputError(f"--preconditioner {wanted.value}: {failures[wanted.value]}")
+    return Chosen(A, None, "none", _because(failures))
+
+
+def _because(failures: dict[str, str]) -> str:
+    return "; ".join(f"no {name}: {reason}" for name, reason in failures.items())
+
+
+def _multigrid(A: CSR) -> Chosen:
+    matrix = detect_grid(A)
+    grid = matrix.grid
+    size = " x ".join(map(str, grid.grid))
+    kind = "constant" if grid.face_coef is None else "variable"
+    return Chosen(grid, Multigrid(grid), "multigrid", f"a grid of {size} cells, {kind} coefficients", matrix)
+
+
+def _ic0(A: CSR) -> Chosen:
+    M = ic0(A)
+    note = f"the factorisation needed the diagonal scaled by {1 + M.shift:g}" if M.shift else ""
+    return Chosen(A, M, "ic0", note)
+
+
+def _jacobi(A: CSR) -> Chosen:
+    return Chosen(A, jacobi(A), "jacobi")
