@@ -76,10 +76,12 @@ step torch 60 "$python" -c "$describe"
 step "build with tests" 200 "${build[@]}" -C cmake.define.KANTOR_TESTS=ON ||
   step "build without tests" 150 "${build[@]}" -C cmake.define.KANTOR_TESTS=OFF
 step import 60 "$python" -c "$check"
-step "gpu tests" 100 "$python" -m pytest -m gpu -q --maxfail=20 --continue-on-collection-errors -p no:cacheprovider \
+step "gpu tests" 150 "$python" -m pytest -m gpu -q --maxfail=20 --continue-on-collection-errors -p no:cacheprovider \
   tests
 rm -f "$out/roofline.jsonl" "$out/cg.jsonl" # so that no old figure is taken for a new one
 step roofline 45 "$python" bench/roofline.py --device cuda -o "$out/roofline.jsonl"
+step "pressure solves" 60 "$python" bench/linalg/bench_pressure_cuda.py
+step "direction networks" 60 "$python" bench/linalg/bench_direction_net_cuda.py
 step "capped conjugate gradients" 40 "$python" bench/linalg/bench_capped.py --device cuda --size 10000000
 left=$((limit - SECONDS - 15))
 step "conjugate gradients" 220 "$python" bench/run.py cg --device cuda --threads 1 --sizes 64 128 256 512 \

@@ -219,6 +219,19 @@ def test_multigrid_for_grids_with_solids(folder, compressed, dtype):
     assert plain["iterations"] > outcome["iterations"]
 
 
+def test_auto_leaves_multigrid_out_where_coefficients_differ_much(folder):
+    one = sp.diags_array([-np.ones(SIDE - 1), 2 * np.ones(SIDE), -np.ones(SIDE - 1)], offsets=[-1, 0, 1])
+    eye = sp.eye_array(SIDE)
+    for factor, name in ((1e3, "multigrid"), (1e5, "ic0")):
+        scipy.io.mmwrite("c.mtx", factor * sp.kron(one, eye) + sp.kron(eye, one), symmetry="symmetric")
+        code, outcome = solve_json("c.mtx")
+        assert (code, outcome["preconditioner"]) == (0, name)
+    assert outcome["preconditioner_note"] == "no multigrid: coefficients that differ by a factor of 1.0e+05"
+    code, outcome = solve_json("c.mtx", "--preconditioner", "multigrid")
+    assert (code, outcome["preconditioner"]) == (0, "multigrid")
+    assert outcome["preconditioner_note"] == f"a grid of {SIDE + 2} x {SIDE + 2} cells, variable coefficients"
+
+
 def test_closed_grid_needs_a_right_hand_side_that_sums_to_zero(folder):
     A = PoissonGrid(torch.full((12, 15), 2)).to_csr().to_scipy()
     scipy.io.mmwrite("n.mtx", A, symmetry="symmetric")

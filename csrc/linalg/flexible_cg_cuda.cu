@@ -149,14 +149,20 @@ class FlexibleCudaSpace {
   void apply_native(const Preconditioner<T>& M, const std::vector<int32_t>& levels, int64_t slot) {
     const FlexibleVectors<T>& v = shared_.v;
     const auto* states = static_cast<const View*>(v.states);
-    if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M))
+    if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) {
       launch_incomplete_cholesky(exec_, states, *factor, levels, v.batch, v.r, v.q(slot, 0), v.p(slot, 0));
-    else if (const auto* A = std::get_if<Operator<T>>(&M))
+    } else if (const auto* multigrid = std::get_if<Multigrid>(&M)) {
+      // For all systems, by way of a vector that those with another direction do not need.
+      for (int64_t at = 0; at < v.batch * v.n; at += v.n)
+        apply_multigrid_cuda(exec_, *multigrid, v.r + at, v.q(slot, 0) + at);
+      take<View>(slot, nullptr, true);
+    } else if (const auto* A = std::get_if<Operator<T>>(&M)) {
       launch_apply(exec_, *A, v.batch, blocks_, v.r, v.p(slot, 0), AcceptRunning<View>{states}, ConsumeNothing{});
-    else if (const auto* diagonal = std::get_if<Diagonal<T>>(&M))
+    } else if (const auto* diagonal = std::get_if<Diagonal<T>>(&M)) {
       take<View>(slot, diagonal->values, false);
-    else
+    } else {
       take<View>(slot, nullptr, false);
+    }
   }
 
   // r = b - A x; the product is left out when x is zero. That of Python code goes through `slot`.

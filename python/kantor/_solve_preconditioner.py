@@ -14,6 +14,7 @@ from kantor.linalg import CSR, LinearOperator, Multigrid, SolveResult, ic0, jaco
 from kantor.linalg.grid_detection import GridMatrix, detect_grid
 
 _TINY = 64  # unknowns up to which a preconditioner cannot pay for its own set-up
+_CONTRAST = 1e4  # of the coefficients beyond which incomplete Cholesky is mostly faster than multigrid
 
 
 class Preconditioner(StrEnum):
@@ -51,6 +52,8 @@ class Chosen:
 def choose(wanted: Preconditioner, A: CSR) -> Chosen:
     """Build the preconditioner that is wanted; ``auto``: the first that can be built of multigrid, ic0 and jacobi.
 
+    Beyond four orders of magnitude between the coefficients of a grid ``auto`` leaves multigrid out.
+
     Raises
     ------
     BadInputError
@@ -67,6 +70,8 @@ def choose(wanted: Preconditioner, A: CSR) -> Chosen:
             continue
         try:
             chosen = build(A)
+            if wanted is Preconditioner.auto and chosen.matrix is not None and chosen.matrix.contrast > _CONTRAST:
+                raise ValueError(f"coefficients that differ by a factor of {chosen.matrix.contrast:.1e}")
         except (ValueError, KantorError) as error:
             failures[name] = str(error).removeprefix(f"{name}: A: ")
             continue

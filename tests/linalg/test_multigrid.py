@@ -263,8 +263,8 @@ def test_spectra_on_small_scenes(form: str, options: str) -> None:
 def test_definite_whatever_the_walls(options: str) -> None:
     """Never indefinite; what is above 2 here and there costs an iteration or two."""
     for name, scene in HARD.items():
-        for shape in ((16, 16), (23, 19), (32, 32), (11, 10, 12)):
-            if shape[0] < 24 and name == "baffles 11":
+        for shape in ((16, 16), (23, 19), (7, 8, 9)):
+            if name in ("baffles 11", "maze 8") and (name, shape) != ("maze 8", (16, 16)):  # no room
                 continue
             A = PoissonGrid(scene(shape))
             asymmetry, smallest, largest = spectrum(A, Multigrid(A, precision=F64, **OPTIONS[options]))

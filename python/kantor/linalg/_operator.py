@@ -41,6 +41,9 @@ class LinearOperator:
     device: torch.device
     grid: tuple[int, ...] | None = None  # shape of grid-shaped vectors, where the operator lives on a grid
 
+    # Whether native kernels know it as a term of a sum: preconditioners have passes of their own.
+    is_summand = True
+
     @property
     def is_native(self) -> bool:
         """Whether native kernels apply this operator."""
@@ -219,7 +222,7 @@ class Sum(LinearOperator):
     @property
     def is_native(self) -> bool:
         """Whether native kernels apply every term."""
-        return all(term.is_native for _, term in self.terms)
+        return all(term.is_native and term.is_summand for _, term in self.terms)
 
     def encode(self) -> Encoded:
         """Concatenate the encodings of the terms."""

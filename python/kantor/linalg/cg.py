@@ -273,6 +273,8 @@ class _Problem:
     def _in_range(self, solver: CallableType[..., Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Solve; where squares of b under- or overflow, solve for b times a power of two instead."""
         x0 = self._start()
+        if self._leaves_the_range_of_the_cycle():
+            return self._rescaled(solver, x0, torch.ones_like(self.b[..., :1], dtype=torch.bool))
         x, direction, info, history = solver(self.b, x0, self.atol, self.maxiter)
         if bool((info[..., _native.STATUS] >= _native.BREAKDOWN).any()):
             check_finite(self.b, "cg", "b")
@@ -281,6 +283,19 @@ class _Problem:
         bad = info.detach()[..., _native.STATUS, None] == _native.BAD_SCALE
         if not bool(bad.any()):
             return x, direction, info, history
+        return self._rescaled(solver, x0, bad)
+
+    def _leaves_the_range_of_the_cycle(self) -> bool:
+        """Whether a preconditioner of single precision would see residuals of double vectors vanish or overflow."""
+        if not isinstance(self.M, Multigrid) or self.M.precision is self.b.dtype or self.b.dtype is torch.float32:
+            return False
+        sizes = _native.sizes(self.b.detach())
+        return bool(((sizes < 2.0**-60) | (sizes > 2.0**60)).any() and sizes.isfinite().all())
+
+    def _rescaled(
+        self, solver: CallableType[..., Any], x0: Tensor | None, bad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Solve with the systems that are marked brought to size one."""
         exponents = torch.where(bad, _exponents(self.b, x0), 0)
         if self.atol > 0:  # one tolerance for all systems allows one scale only
             exponents = torch.full_like(exponents, int(exponents[bad].max()))

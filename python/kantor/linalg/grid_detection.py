@@ -11,15 +11,11 @@ from torch.nn.functional import pad
 
 from kantor._checks import host
 from kantor.linalg import _native
+from kantor.linalg._grid_positions import Links, NotAGridError, box, fits, masked, occupied
 from kantor.linalg.csr import CSR
 from kantor.linalg.poisson_grid import AIR, FLUID, SOLID, PoissonGrid
 
 _ROUNDING = 32  # units in the last place of a diagonal entry: it is the sum of up to six rounded numbers
-_WASTE = 16  # cells of the grid per unknown beyond which the grid would cost more than it saves
-
-
-class NotAGridError(ValueError):
-    """The matrix is not that of a :class:`PoissonGrid`; the message says what gave it away."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +32,15 @@ class GridMatrix:
         ``(m,)``, int64: their cells, flat indices of the grid.
     diagonal : Tensor
         ``(n,)``: the diagonal of the matrix; rows that stand alone are solved by dividing by it.
+    contrast : float
+        Largest over smallest coefficient between unknowns. Multigrid slows down with it, incomplete Cholesky less so.
     """
 
     grid: PoissonGrid
     rows: Tensor
     cells: Tensor
     diagonal: Tensor
+    contrast: float
 
     def expand(self, b: Tensor) -> Tensor:
         """Return right-hand sides ``(..., n)`` of the matrix as those of the grid, ``(..., cells of the grid)``."""
@@ -51,20 +50,6 @@ class GridMatrix:
     def compress(self, x: Tensor, b: Tensor) -> Tensor:
         """Return the solution of the matrix for `b`, ``(..., n)``, from that of the grid."""
         return (b / self.diagonal).index_copy(-1, self.rows, x.index_select(-1, self.cells))
-
-
-@dataclass(frozen=True)
-class _Links:
-    """Entries above the diagonal, sorted by row: first < second, weight = -entry > 0."""
-
-    first: Tensor
-    second: Tensor
-    weight: Tensor
-
-    def sums(self, n: int) -> Tensor:
-        """Sum of the weights at each row."""
-        total = torch.zeros(n, dtype=torch.float64)
-        return total.index_add(0, self.first, self.weight).index_add(0, self.second, self.weight)
 
 
 def poisson_grid_of(A: CSR) -> GridMatrix | None:
@@ -145,11 +130,11 @@ def detect_grid(A: CSR) -> GridMatrix:
         raise NotAGridError("the matrix is diagonal")
     rank = torch.empty(n, dtype=torch.int64)
     rank[rows] = torch.arange(rows.numel())
-    links = _Links(rank[links.first], rank[links.second], links.weight)
-    position = _box(rows, links, n)
-    if position is None or not _fits(position, links):
-        position = _masked(rows, links)
-    if not _fits(position, links):
+    links = Links(rank[links.first], rank[links.second], links.weight)
+    position = box(rows, links, n)
+    if position is None or not fits(position, links):
+        position = masked(rows, links)
+    if not fits(position, links):
         raise NotAGridError("the links are not those of neighbours in a grid, or not in its order")
     if bool((position == position[0]).all(0).sum() >= position.shape[1] - 1):
         raise NotAGridError("a chain, whose incomplete Cholesky factor is exact")
@@ -159,14 +144,15 @@ def detect_grid(A: CSR) -> GridMatrix:
         raise NotAGridError("the diagonal is not that of a grid")
     if A.device.type != "cpu":
         grid = PoissonGrid(grid.flags.to(A.device), spacing=grid.spacing, face_coef=_moved(grid, A), dtype=A.dtype)
-    return GridMatrix(grid, rows.to(A.device), cells.to(A.device), diagonal.to(A.device, A.dtype))
+    contrast = float(links.weight.max() / links.weight.min())
+    return GridMatrix(grid, rows.to(A.device), cells.to(A.device), diagonal.to(A.device, A.dtype), contrast)
 
 
 def _moved(grid: PoissonGrid, A: CSR) -> list[Tensor] | None:
     return None if grid.face_coef is None else [c.to(A.device) for c in grid.face_coef]
 
 
-def _read(A: CSR) -> tuple[_Links, Tensor]:
+def _read(A: CSR) -> tuple[Links, Tensor]:
     """Links and diagonal, float64 on the host; explicit zeros are no links."""
     n = A.shape[0]
     if A.shape[1] != n or n == 0:
@@ -178,7 +164,7 @@ def _read(A: CSR) -> tuple[_Links, Tensor]:
     row = _native.csr_rows(crow, col.numel())
     on, above = col == row, (col > row) & (values != 0)
     diagonal = torch.zeros(n, dtype=torch.float64).index_add(0, row[on], values[on])
-    links = _Links(row[above], col[above], -values[above])
+    links = Links(row[above], col[above], -values[above])
     if bool((links.weight < 0).any()):
         k = int((links.weight < 0).nonzero()[0])
         raise NotAGridError(f"entry ({int(links.first[k])}, {int(links.second[k])}) is positive")
@@ -188,152 +174,14 @@ def _read(A: CSR) -> tuple[_Links, Tensor]:
     return links, diagonal
 
 
-# Where the unknowns are ---------------------------------------------------------------------------------------------
-
-
-def _box(rows: Tensor, links: _Links, n: int) -> Tensor | None:
-    """Positions (m, d) in a box with all its n cells in C order, or None where the distances are not those of one."""
-    strides = torch.unique(rows[links.second] - rows[links.first])[:4].tolist()
-    sizes = [*strides[1:], n]
-    if len(strides) not in (2, 3) or strides[0] != 1 or any(b % a for a, b in zip(strides, sizes, strict=True)):
-        return None
-    wraps = zip(strides, sizes, strict=True)
-    return torch.stack([rows % size // stride for stride, size in reversed(list(wraps))], -1)
-
-
-def _fits(position: Tensor, links: _Links) -> bool:
-    """Whether links join neighbours, and all neighbours, and no two unknowns are in one cell."""
-    step = position[links.second] - position[links.first]
-    if not bool(((step.abs().sum(-1) == 1) & (step.sum(-1) == 1)).all()):
-        return False
-    occupied = _occupied(position)
-    pairs = 0
-    for axis, n in enumerate(occupied.shape):
-        pairs += int((occupied.narrow(axis, 0, n - 1) & occupied.narrow(axis, 1, n - 1)).sum())
-    return int(occupied.sum()) == len(position) and pairs == links.first.numel()
-
-
-def _occupied(position: Tensor) -> Tensor:
-    shape = [int(n) for n in position.max(0).values + 1]
-    occupied = torch.zeros(shape, dtype=torch.bool)
-    occupied[position.unbind(-1)] = True
-    return occupied
-
-
-def _masked(rows: Tensor, links: _Links) -> Tensor:
-    """Positions (m, d) of the unknowns of a masked grid in C order, each connected component in a box of its own."""
-    try:
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import breadth_first_order, connected_components
-    except ImportError as error:
-        raise NotAGridError('the unknowns do not fill a box, and for others scipy is needed, extra "cli"') from error
-
-    m = rows.numel()
-    start, upper, axis = _axes(rows, links)
-    d = upper.shape[1]
-    ends = links.first.numpy(), links.second.numpy()
-    graph = coo_array((torch.ones(len(ends[0])).numpy(), ends), shape=(m, m))
-    count, labels = connected_components(graph, directed=False)
-    component = torch.from_numpy(labels).long()
-    # A root above the first rows of all components makes one tree; positions add up along it, by pointer doubling.
-    roots = torch.full((count,), m).scatter_reduce(0, component, torch.arange(m), "amin")
-    ends = (torch.cat([links.first, torch.full((count,), m)]).numpy(), torch.cat([links.second, roots]).numpy())
-    tree = coo_array((torch.ones(len(ends[0])).numpy(), ends), shape=(m + 1, m + 1)).tocsr()
-    parent = torch.from_numpy(breadth_first_order(tree, m, directed=False)[1]).long()
-    parent[roots], parent[m] = m, m
-    child = (parent[:m] < m).nonzero().squeeze(-1)
-    low, high = torch.minimum(child, parent[child]), torch.maximum(child, parent[child])
-    slot = (upper[low] == high.unsqueeze(-1)).int().argmax(-1)
-    position = torch.zeros(m + 1, d, dtype=torch.int64)
-    position[child, axis[start[low] + slot]] = torch.where(child == high, 1, -1)
-    while bool((parent < m).any()):
-        position = position + position[parent]
-        parent = parent[parent]
-
-    position = position[:m]
-    index = component.unsqueeze(-1).expand(-1, d)
-    least = torch.zeros(count, d, dtype=torch.int64).scatter_reduce(0, index, position, "amin")
-    position = position - least[component]
-    extent = torch.zeros(count, d, dtype=torch.int64).scatter_reduce(0, index, position, "amax") + 1
-    # One above the other along axis 0, two cells apart, so that none is beside the rim of another.
-    heights = extent[:, 0] + 2
-    position[:, 0] += (heights.cumsum(0) - heights)[component]
-    cells = int(heights.sum()) * math.prod((extent[:, 1:].max(0).values + 2).tolist())
-    if cells > _WASTE * m + 4096:
-        raise NotAGridError(f"the grid would have {cells:,} cells for {m:,} unknowns, or the order is not that of one")
-    return position
-
-
-def _axes(rows: Tensor, links: _Links) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where each row's links start, the rows they lead up to (m, d), and the axis of every link.
-
-    In C order the neighbours above a row come in the order x, y, z, those below in the order z, y, x, and the neighbour
-    in x is the next row. That settles rows with all their neighbours on one side, and those that lack x alone. Opposite
-    sides of a square are parallel, which carries the answer on. What is left is guessed: x where it is the next row,
-    else y.
-    """
-    m = rows.numel()
-    above, below = torch.bincount(links.first, minlength=m), torch.bincount(links.second, minlength=m)
-    d = max(2, int(above.max()), int(below.max()))
-    if d > 3:
-        raise NotAGridError(f"a row has links to {d} rows on one side of the diagonal, a grid at most 3")
-    start = above.cumsum(0) - above
-    slot = torch.arange(links.first.numel()) - start[links.first]
-    upper = torch.full((m, d), -1)
-    upper[links.first, slot] = links.second
-    by_second = torch.argsort(links.second, stable=True)
-    rank = torch.empty_like(slot)
-    rank[by_second] = torch.arange(slot.numel()) - (below.cumsum(0) - below)[links.second[by_second]]
-
-    axis = torch.full_like(slot, -1)
-    next_row = rows[links.second] == rows[links.first] + 1
-    for end, neighbours, known in ((links.second, below, rank), (links.first, above, d - 1 - slot)):
-        lacks_x = torch.ones(m, dtype=torch.bool)
-        lacks_x[end[next_row]] = False
-        missing = d - neighbours[end]
-        axis = torch.where(missing == 0, known, axis)
-        # The axes above x, outermost last among the slots, first among the ranks.
-        axis = torch.where((missing == 1) & lacks_x[end], known if end is links.second else known - 1, axis)
-    one, other = _parallel(start, upper)
-    while True:
-        open_ends = (axis[one] < 0) != (axis[other] < 0)
-        if not bool(open_ends.any()):
-            break
-        pair = torch.stack([one[open_ends], other[open_ends]])
-        pair = torch.where(axis[pair[0]] < 0, pair.flip(0), pair)
-        axis[pair[1]] = axis[pair[0]]
-        undecided = (axis[one] < 0) | (axis[other] < 0)
-        one, other = one[undecided], other[undecided]
-    guess = torch.where(next_row, d - 1, d - 2)
-    return start, upper, torch.where(axis < 0, guess, axis)
-
-
-def _parallel(start: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of links that are opposite sides of a square: row i, two rows above it, and one above both."""
-    d = upper.shape[1]
-    pairs = []
-    for a in range(d):
-        for b in range(a + 1, d):
-            i = (upper[:, b] >= 0).nonzero().squeeze(-1)
-            via_a, via_b = upper[i, a], upper[i, b]
-            for to_a in range(d):
-                for to_b in range(d):
-                    top = upper[via_a, to_a]
-                    closed = (top >= 0) & (top == upper[via_b, to_b])
-                    low, left, right = start[i[closed]], start[via_a[closed]], start[via_b[closed]]
-                    pairs += [torch.stack([low + a, right + to_b]), torch.stack([low + b, left + to_a])]
-    joined = torch.cat(pairs, 1)
-    return joined[0], joined[1]
-
-
-# Which cells around them are air ------------------------------------------------------------------------------------
+# Which cells around the unknowns are air ----------------------------------------------------------------------------
 
 
 def _grid(
-    position: Tensor, links: _Links, excess: Tensor, tolerance: Tensor, dtype: torch.dtype
+    position: Tensor, links: Links, excess: Tensor, tolerance: Tensor, dtype: torch.dtype
 ) -> tuple[PoissonGrid, Tensor]:
     """The grid with what is beside the unknowns, and their cells; `position` leaves a margin of one cell before."""
-    fluid = _occupied(position)
+    fluid = occupied(position)
     fluid = pad(fluid, [0, 1] * fluid.ndim)
     where = position.unbind(-1)
     scale = float(links.weight.mean())
@@ -366,7 +214,7 @@ def _grid(
 
 
 def _coefficients(
-    position: Tensor, links: _Links, spread: Tensor, fluid: Tensor, crop: tuple[slice, ...]
+    position: Tensor, links: Links, spread: Tensor, fluid: Tensor, crop: tuple[slice, ...]
 ) -> list[Tensor]:
     """Face coefficients: the links' weights between unknowns, `spread` of the unknown towards air."""
     faces = []
@@ -422,3 +270,6 @@ def _air(fluid: Tensor, faces_needed: Tensor) -> Tensor | None:
             # From the unknown back to the candidate on that side of it.
             air = air & ~(_beside(drop)[side ^ 1] > 0)
     return None
+
+
+__all__ = ["GridMatrix", "NotAGridError", "detect_grid", "poisson_grid_of"]

@@ -83,6 +83,8 @@ class Multigrid(LinearOperator):
     True
     """
 
+    is_summand = False
+
     def __init__(
         self,
         A: PoissonGrid,
@@ -103,7 +105,7 @@ class Multigrid(LinearOperator):
             raise ValueError(f"Multigrid: sweeps: expected an integer from 1 to 8, got {sweeps!r}")
         if precision not in (torch.float32, torch.float64):
             raise ValueError(f"Multigrid: precision: expected torch.float32 or torch.float64, got {precision}")
-        if not 0 < omega < 1:
+        if not isinstance(omega, int | float) or not 0 < omega < 1:
             raise ValueError(f"Multigrid: omega: expected a number between 0 and 1, got {omega!r}")
         if (stencils is not None) != (smoother == "stencil"):
             raise ValueError("Multigrid: stencils: to be given with smoother='stencil', and only then")
@@ -161,8 +163,8 @@ class Multigrid(LinearOperator):
 
     def _apply(self, x: Tensor) -> Tensor:
         operands, layout, _ = self.encode()
-        result: Tensor = _native.multigrid(operands, layout, x)  # for grid spacing one; solvers care for no factor
-        return result * self.A.spacing**2
+        result: Tensor = _native.multigrid(operands, layout, self.A.confined(x))
+        return result * self.A.spacing**2  # the native cycle is for grid spacing one: solvers care for no factor
 
     def safer(self) -> Multigrid | None:
         """A cycle that is positive definite where this one, by its stencils or second visits, is not, if there is one.

@@ -241,7 +241,7 @@ class PoissonGrid(LinearOperator):
         ValueError
             The sum over a closed component is more than rounding: ``|sum b| > 1e-6 sum |b|``.
         """
-        b = self._confined(b)
+        b = self.confined(b)
         labels, count = self.closed_components
         if count == 0:
             return b
@@ -262,12 +262,12 @@ class PoissonGrid(LinearOperator):
 
     def settle(self, x: Tensor) -> Tensor:
         """Return the solution that has zero mean over every closed component."""
-        x = self._confined(x)
+        x = self.confined(x)
         if self.closed_components[1] == 0:
             return x
         return self._without_means(x, self._component_sums(x))
 
-    def _confined(self, v: Tensor) -> Tensor:
+    def confined(self, v: Tensor) -> Tensor:
         """Flat vectors on the fluid alone; its derivative confines what derivatives are solved for."""
         return torch.where(self._flat_mask, v, v.new_zeros(()))
 
@@ -277,7 +277,7 @@ class PoissonGrid(LinearOperator):
 
     def _apply(self, x: Tensor) -> Tensor:
         # Coefficients of zero would let NaN through; voxels skip what is not linked.
-        return super()._apply(x if self.face_coef is None else self._confined(x))
+        return super()._apply(x if self.face_coef is None else self.confined(x))
 
     def _component_sums(self, v: Tensor) -> Tensor:
         labels, count = self.closed_components

@@ -59,6 +59,8 @@ class IncompleteCholesky(LinearOperator):
         Levels of the triangular solves: rows of one level are solved in parallel.
     """
 
+    is_summand = False
+
     def __init__(self, encoded: Encoded, n: int, shift: float, dtype: torch.dtype, device: torch.device) -> None:
         self._encoded = encoded
         self.shape, self.dtype, self.device = (n, n), dtype, device
