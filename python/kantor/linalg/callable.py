@@ -44,7 +44,7 @@ class Callable(LinearOperator):
             raise TypeError(f"Callable: fn: expected a callable, got {type(fn).__name__}")
         self.fn, self.transpose = fn, transpose
         self.shape = (int(n), int(n))
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
 
     @classmethod
     def from_scipy(cls, A: ScipyOperator, *, like: Tensor | None = None) -> Callable:

@@ -271,7 +271,8 @@ def admitted(name: str, A: Any, b: Any, x0: Any) -> tuple[LinearOperator, Tensor
     if rows != cols:
         raise ValueError(f"{name}: A: expected a square operator, got {rows} x {cols}")
     grid = operator.grid
-    flat, restore = b, lambda t: t
+    flat = b
+    restore: CallableType[[Tensor], Tensor] = lambda t: t  # noqa: E731
     if grid is not None and tuple(b.shape[-len(grid) :]) == grid:
         flat, restore = b.flatten(-len(grid)), lambda t: t.unflatten(-1, grid)
     elif b.ndim == 0 or b.shape[-1] != rows:
@@ -292,9 +293,11 @@ def admitted(name: str, A: Any, b: Any, x0: Any) -> tuple[LinearOperator, Tensor
             f"{name}: expected to run outside of torch.compile, vmap and torch.func, whose tensors have no values to "
             "look at; use cg there, or torch.autograd"
         )
-    for label, vector in zip(("b", "x0"), vectors, strict=False):
-        check_finite(vector, name, label)
-    return operator, operator.admit(flat, name), restore
+    right = operator.admit(flat, name)
+    check_finite(restore(right), name, "b")
+    if x0 is not None:
+        check_finite(restore(operator.settle(x0.reshape(flat.shape))), name, "x0")
+    return operator, right, restore
 
 
 def check_numbers(name: str, rtol: Any, atol: Any, counts: dict[str, Any], interrupt: Any) -> None:

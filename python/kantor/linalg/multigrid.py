@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -119,11 +120,18 @@ class Multigrid(LinearOperator):
         for name, values in (("stencils", kernels), ("scales", factors)):
             if values is not None and not bool(values.isfinite().all()):
                 raise ValueError(f"Multigrid: {name}: expected finite values")
+        if factors is not None and len(factors) == 0:
+            raise ValueError("Multigrid: scales: expected one a level, got none")
         if factors is not None and kernels is not None and len(factors) != len(kernels):
             raise ValueError(f"Multigrid: scales: expected {len(kernels)}, one a kernel, got {len(factors)}")
         operands = [host(t) for t in A.encode().operands]
+        self._exponent = 0
         if A.face_coef is None:
             operands[0] = operands[0].reshape(-1)
+        else:  # brought to size one by a power of two, whatever the precision of the cycle can hold
+            largest = max(float(t.abs().max()) for t in operands[1:])
+            self._exponent = math.frexp(largest)[1] if largest > 0 else 0
+            operands = [torch.ldexp(t, torch.tensor(-self._exponent)).contiguous() for t in operands]
         nz, ny, nx = A._native_grid
         arena, levels = _C.multigrid_setup(
             operands,
@@ -164,7 +172,8 @@ class Multigrid(LinearOperator):
     def _apply(self, x: Tensor) -> Tensor:
         operands, layout, _ = self.encode()
         result: Tensor = _native.multigrid(operands, layout, self.A.confined(x))
-        return result * self.A.spacing**2  # the native cycle is for grid spacing one: solvers care for no factor
+        # The native cycle is for grid spacing one and coefficients of size one: solvers care for no factor.
+        return result * math.ldexp(self.A.spacing**2, -self._exponent)
 
     def safer(self) -> Multigrid | None:
         """A cycle that is positive definite where this one, by its stencils or second visits, is not, if there is one.

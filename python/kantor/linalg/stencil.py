@@ -111,7 +111,8 @@ class Stencil(_GridOperator):
         dims = len(self.grid)
         given = [t for t in (weights, shift) if isinstance(t, Tensor)]
         self.dtype = dtype or (given[0].dtype if given else torch.float64)
-        self.device = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
+        where = given[0].device if given and device is None else device
+        self.device = torch.empty(0, device=where or "cpu").device  # "cuda" becomes "cuda:0"
         check_float(torch.empty(0, dtype=self.dtype), "Stencil", "dtype")
         axis_weights = torch.as_tensor(weights, dtype=self.dtype, device=self.device)
         if axis_weights.ndim > 1 or axis_weights.numel() not in (1, dims):
