@@ -2,8 +2,8 @@
 
     python bench/linalg/bench_pressure_cuda.py --sizes 64 128 256
 
-Set-up runs on the host and is counted apart, with the copy of the levels to the device. Times are medians of five calls,
-between two events on the stream.
+Set-up runs on the host and is counted apart, with the copy of the levels to the device. Times are medians of five
+calls, between two events on the stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 
 import torch
-
 from kantor.datasets import poisson_scenes
 from kantor.linalg import LearnedVCycle, Multigrid, PoissonGrid, cg
 

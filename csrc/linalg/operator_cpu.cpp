@@ -230,10 +230,13 @@ KANTOR_SIMD void poisson_cells(const uint16_t* cells, const T* centre, const T* 
   const Out a = static_cast<Out>(scale);
   const auto value = [=](int64_t i) KANTOR_INLINE_LAMBDA {
     const unsigned cell = cells[i];
-    const Out sum_z = Out(cell & 1 ? below[i] : T(0)) + Out(cell & 2 ? above[i] : T(0));
-    const Out sum_y = Out(cell & 4 ? front[i] : T(0)) + Out(cell & 8 ? back[i] : T(0));
-    const Out sum_x = Out(cell & 16 ? centre[i - 1] : T(0)) + Out(cell & 32 ? centre[i + 1] : T(0));
-    const Out own = cell >> 8 ? Out(int(cell >> 8)) * Out(centre[i]) : Out(0);
+    // Loaded whatever the links say: loads under a mask are not fetched ahead.
+    const T u_below = below[i], u_above = above[i], u_front = front[i], u_back = back[i];
+    const T u_left = centre[i - 1], u_right = centre[i + 1], u = centre[i];
+    const Out sum_z = Out(cell & 1 ? u_below : T(0)) + Out(cell & 2 ? u_above : T(0));
+    const Out sum_y = Out(cell & 4 ? u_front : T(0)) + Out(cell & 8 ? u_back : T(0));
+    const Out sum_x = Out(cell & 16 ? u_left : T(0)) + Out(cell & 32 ? u_right : T(0));
+    const Out own = Out(int(cell >> 8)) * Out(cell >> 8 ? u : T(0));
     return a * (own - (sum_x + (sum_y + sum_z)));
   };
   if (accumulate) {
