@@ -60,9 +60,8 @@ def main() -> None:
                 result = cg(A, b, M=M, rtol=1e-6)
                 solve = milliseconds(lambda A=A, b=b, M=M: cg(A, b, M=M, rtol=1e-6))
                 cycle = "" if M is None else f", cycle {milliseconds(lambda M=M, b=b: M.matvec(b)):.3f} ms"
-                print(
-                    f"  {label:10s} {result.iterations:5d} iterations, set-up {setup:7.2f} ms, solve {solve:8.2f} ms{cycle}"
-                )
+                counts = f"{result.iterations:5d} iterations, set-up {setup:7.2f} ms"
+                print(f"  {label:10s} {counts}, solve {solve:8.2f} ms{cycle}")
 
 
 if __name__ == "__main__":
