@@ -80,7 +80,7 @@ def face_matrix(faces: Sequence[Tensor], shift: float) -> Tensor:
         face = (*cell[:axis], cell[axis] + (side > 0), *cell[axis + 1 :])
         matrix[row, row] += faces[axis][face].double().cpu()
         if other is not None:
-            matrix[row, np.ravel_multi_index(other, tuple(grid))] -= faces[axis][face].double()
+            matrix[row, np.ravel_multi_index(other, tuple(grid))] -= faces[axis][face].double().cpu()
     return matrix
 
 
