@@ -202,8 +202,8 @@ KANTOR_SIMD void add_pairs(int64_t coarse_n, const S* fine, bool accumulate, S* 
 // fine[2j] = fine[2j + 1] = coarse[j]
 template <class S>
 KANTOR_SIMD void repeat_pairs(int64_t n, const S* coarse, S* __restrict fine) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n / 2; ++j) fine[2 * j] = fine[2 * j + 1] = coarse[j];
+  const int64_t pairs = n / 2;
+  for (int64_t j = 0; j < pairs; ++j) fine[2 * j] = fine[2 * j + 1] = coarse[j];
   if (n % 2) fine[n - 1] = coarse[n / 2];
 }
 
