@@ -16,7 +16,6 @@ from kantor.linalg.flexible_cg import (
     Settings,
     admitted,
     check_numbers,
-    confine,
     require_symmetric,
     solve,
 )
@@ -148,7 +147,7 @@ def dcdm(
         f=Direction.of(f, "f"),
         fallback=Direction.of(_fallback(fallback, operator, flat), "fallback"),
         b=flat,
-        x0=None if x0 is None else confine(operator, x0.reshape(flat.shape)),
+        x0=None if x0 is None else operator.settle(x0.reshape(flat.shape)),
         shape=b.shape,
         rtol=float(rtol),
         atol=float(atol),

@@ -16,7 +16,6 @@ from kantor.linalg.flexible_cg import (
     Settings,
     admitted,
     check_numbers,
-    confine,
     solve,
 )
 from kantor.linalg.preconditioners import as_preconditioner
@@ -122,7 +121,7 @@ def fcg(
         f=Direction.of(M, "M"),
         fallback=Direction.of(None, "residual"),
         b=flat,
-        x0=None if x0 is None else confine(operator, x0.reshape(flat.shape)),
+        x0=None if x0 is None else operator.settle(x0.reshape(flat.shape)),
         shape=b.shape,
         rtol=float(rtol),
         atol=float(atol),

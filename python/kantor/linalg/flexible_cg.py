@@ -26,7 +26,6 @@ from kantor.linalg import _native
 from kantor.linalg._native import Encoded
 from kantor.linalg._operator import LinearOperator, as_operator
 from kantor.linalg.cg import _STATUSES, IterationInfo, _exponents, _history, _make_monitor, _scaled
-from kantor.linalg.poisson_grid import PoissonGrid
 
 PATIENCE = 5  # with the map: see csrc/linalg/flexible_cg.h
 
@@ -213,7 +212,7 @@ class FlexibleProblem:
             raise TypeError(f"{where}: expected it to return floating-point numbers, got {q.dtype}")
         if q.device != r.device:
             raise ValueError(f"{where}: expected it to return a tensor on {r.device}, got one on {q.device}")
-        return confine(self.A, q.detach().reshape(r.shape).to(r.dtype))
+        return self.A.settle(q.detach().reshape(r.shape).to(r.dtype))
 
     def attach_gradient(self, x: Tensor) -> Tensor:
         """Give the solution its implicit derivative: x + A^-1 (b - A x), whose second part is zero."""
@@ -243,7 +242,7 @@ class _ImplicitSolve(torch.autograd.Function):
 def _derivative_solve(problem: FlexibleProblem, right: Tensor) -> Tensor:
     rtol = _native.derivative_rtol(problem.rtol, right.dtype)
     with torch.no_grad():
-        derivative = replace(problem, b=confine(problem.A, right.detach()), x0=None, rtol=rtol, atol=0.0)
+        derivative = replace(problem, b=problem.A.settle(right.detach()), x0=None, rtol=rtol, atol=0.0)
         x, _, info, _ = derivative.solve(None)
     if not bool((info[..., _native.STATUS] == 1).all()):
         warnings.warn(
@@ -253,13 +252,6 @@ def _derivative_solve(problem: FlexibleProblem, right: Tensor) -> Tensor:
             stacklevel=2,
         )
     return x
-
-
-def confine(A: LinearOperator, v: Tensor) -> Tensor:
-    """A vector (..., n) without its part in cells that are no unknowns, and in the null space of a closed grid."""
-    if not isinstance(A, PoissonGrid):
-        return v
-    return A.settle(torch.where(A.mask.reshape(-1), v, torch.zeros_like(v)))
 
 
 def admitted(name: str, A: Any, b: Any, x0: Any) -> tuple[LinearOperator, Tensor, CallableType[[Tensor], Tensor]]:

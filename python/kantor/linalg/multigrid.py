@@ -204,7 +204,8 @@ class Multigrid(LinearOperator):
 
     def __repr__(self) -> str:
         sizes = " > ".join(f"{level['size']}{' nodes' if level['kind'] == 'graph' else ''}" for level in self.levels)
-        return f"Multigrid({self.smoother}, {self.sweeps} + {self.sweeps} sweeps, {sizes})"
+        cycle = "W" if any(level["visits"] == 2 for level in self.levels) else "V"
+        return f"Multigrid({self.smoother}, {cycle}-cycle, {self.sweeps} + {self.sweeps} sweeps, {sizes})"
 
 
 def _kernels(stencils: Tensor | Sequence[Tensor] | None, omega: float, dims: int) -> Tensor:
