@@ -8,7 +8,7 @@ template <class T>
 void product_cpu(const Exec& exec, const Pattern& pattern, const T* weight, int64_t d, const T* x, T* y) {
   if (pattern.n == 0 || d == 0) return;
   const int64_t widest = std::min(max_width<T>, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(d))));
-  const bool scattered = is_scattered(pattern, widest * static_cast<int64_t>(sizeof(T)));
+  const Fetch fetch = fetch_for(pattern, widest * static_cast<int64_t>(sizeof(T)));
   advise_huge_pages(y, static_cast<size_t>(pattern.n * d) * sizeof(T));
   const int threads = threads_for(exec.threads, (pattern.nnz + pattern.n) * d);
   parallel_region(threads, [&](int worker, int workers) {
@@ -17,7 +17,7 @@ void product_cpu(const Exec& exec, const Pattern& pattern, const T* weight, int6
       const int64_t width = std::min(widest, width_for<T>(d - first));
       const int64_t begin = std::min(first, d - width);
       Step<T> step{pattern, weight, nullptr, width, width, {x + begin, d}, {y + begin, d}, width};
-      step.prefetch = scattered;
+      step.fetch = fetch;
       step_rows(step, rows);
       first = begin + width;
     }

@@ -28,7 +28,7 @@ void propagate_tile(const Crew& crew, const Recurrence<T>& r, const Tiling& tili
   const Rows<T> b = through_result ? result : Rows<T>{workspace + n * width, width};
 
   Step<T> step{r.pattern, r.edge, r.diagonal, width, columns, source, {}, width};
-  step.prefetch = tiling.scattered;
+  step.fetch = tiling.fetch;
   step.dropout = dropout;
   step.first_column = first;
   step.teleport = static_cast<T>(r.teleport);

@@ -54,7 +54,7 @@ void gradients_of_tile(const Crew& crew, const Recurrence<T>& r, const Pattern& 
   const auto checkpoint = [&](int64_t k) { return Rows<T>{kept + (k / plan.length - 1) * n * width, width}; };
   const auto constant = [](Rows<T> view) { return Rows<const T>{view.data, view.stride}; };
 
-  Step<T> ahead{r.pattern, r.edge, r.diagonal, width, columns, {}, {}, width, plan.tiling.scattered};
+  Step<T> ahead{r.pattern, r.edge, r.diagonal, width, columns, {}, {}, width, plan.tiling.fetch};
   ahead.dropout = dropout;
   ahead.first_column = first;
   ahead.teleport = static_cast<T>(r.teleport);

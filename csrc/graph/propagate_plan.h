@@ -21,7 +21,7 @@ struct Tiling {
   int threads;
   int crews;    // `threads` crews of one, each with its own tiles, or one crew of all
   bool cached;  // a tile stays in the second-level cache (or close to it) through all steps
-  bool scattered;
+  Fetch fetch;
 
   int64_t count(int64_t d) const { return (d + width - 1) / width; }
 };
@@ -34,7 +34,7 @@ template <class T>
 Tiling tiling_of(const Exec& exec, const Pattern& pattern, int64_t steps, int64_t d, int64_t widest = max_width<T>) {
   constexpr int64_t size = sizeof(T);
   const int64_t n = pattern.n, step_work = pattern.nnz + n;
-  Tiling tiling{std::min(widest, width_for<T>(d)), 1, 1, true, false};
+  Tiling tiling{std::min(widest, width_for<T>(d)), 1, 1, true, {}};
   int64_t& width = tiling.width;
   while (width * size > line_bytes && n * width * size > tile_bytes) width /= 2;
   tiling.cached = n * width * size <= narrow_tile_bytes;
@@ -47,7 +47,7 @@ Tiling tiling_of(const Exec& exec, const Pattern& pattern, int64_t steps, int64_
     tiling.crews = tiling.threads;
   else if (step_work * width < int64_t{1} << 18)
     tiling.threads = 1;
-  tiling.scattered = is_scattered(pattern, width * size);
+  tiling.fetch = fetch_for(pattern, width * size);
   return tiling;
 }
 

@@ -28,6 +28,17 @@ int64_t width_for(int64_t columns) {
   return std::min(max_width<T>, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(columns))));
 }
 
+// Source rows that come from memory, and not from cache, are asked for before they are needed. In an order that the
+// processor cannot guess that is worth a factor of two to three.
+struct Fetch {
+  enum Mode : uint8_t { none, near, far } mode = none;
+  int64_t ahead = 0;    // near: rows are reached in about their order, the farthest so many rows ahead
+  bool stream = false;  // targets are far larger than any cache: written past it, without being read first
+};
+
+// What suits rows of `bytes` in the order of this pattern, by a sample of its rows.
+Fetch fetch_for(const Pattern& pattern, int64_t bytes);
+
 // target = D source + E source, and what belongs to the recurrence around it. In a tile of `width` columns only the
 // first `columns` exist in the arrays x and y; packed tiles hold zeros behind them.
 template <class T>
@@ -39,7 +50,7 @@ struct Step {
   Rows<const T> source;  // `width` columns are read
   Rows<T> target;        // `stored` columns are written
   int64_t stored = 0;
-  bool prefetch = false;  // source rows come from memory in an order that the processor cannot guess
+  Fetch fetch{};
 
   // Forward, before the mask: + teleport * start. Adjoint, after the mask: sum += teleport * value, or at the last step
   // value += sum. Null: neither.
@@ -72,8 +83,5 @@ void dot_rows(const Pattern& pattern, int64_t length, Rows<const T> a, Rows<cons
 
 // The rows of one worker, of about equal work in each.
 Range rows_of(const Pattern& pattern, int worker, int workers);
-
-// Whether the columns of a row lie so far apart that source rows of `bytes` come from memory, and not from cache.
-bool is_scattered(const Pattern& pattern, int64_t bytes);
 
 }  // namespace kantor

@@ -1,13 +1,16 @@
 #include "graph/step_rows.h"
 
 #include <cstring>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "core/simd.h"
 
 namespace kantor {
 namespace {
 
-constexpr int64_t look_ahead = 16;  // entries between a prefetch and its use
+constexpr int64_t look_ahead = 48;  // entries between the prefetch of a far row and its use
 
 // `width` elements in registers of at most 64 bytes.
 template <class T, int width>
@@ -32,6 +35,21 @@ struct Block {
   }
   KANTOR_ALWAYS_INLINE void store(T* y) const {
     for (int l = 0; l < count; ++l) std::memcpy(y + l * lanes, &v[l], bytes);
+  }
+  // Past the caches; y is a multiple of 16 bytes.
+  KANTOR_ALWAYS_INLINE void stream(T* y) const {
+#if defined(__SSE__)
+    for (int part = 0; part < count * bytes / 16; ++part) {
+      __m128 quarter;
+      std::memcpy(&quarter, reinterpret_cast<const char*>(v) + 16 * part, 16);
+      _mm_stream_ps(reinterpret_cast<float*>(y) + 4 * part, quarter);
+    }
+#else
+    store(y);
+#endif
+  }
+  KANTOR_ALWAYS_INLINE static void prefetch(const T* x) {
+    for (int c = 0; c < width; c += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(x + c);
   }
 };
 
@@ -75,29 +93,33 @@ KANTOR_ALWAYS_INLINE void finish_row(const Step<T>& step, int64_t i, const Facto
   }
 }
 
-template <class T, int width, bool prefetch>
+template <class T, int width, Fetch::Mode mode>
 KANTOR_SIMD void step_rows_of(const Step<T>& step, Range rows) {
   const int32_t *rowptr = step.pattern.rowptr, *col = step.pattern.col;
   const T *edge = step.edge, *diagonal = step.diagonal, *source = step.source.data;
   const int64_t stride = step.source.stride, last_entry = step.pattern.nnz - 1;
+  const int64_t ahead = step.fetch.ahead, last_row = step.pattern.n - 1;
   const bool plain = !step.start.data && !step.sum.data && !step.dropout.active() && step.stored == width;
+  const bool stream = step.fetch.stream && width * sizeof(T) >= 64 &&
+                      (reinterpret_cast<uintptr_t>(step.target.data) | step.target.stride * sizeof(T)) % 16 == 0;
   Factors<T, width> factors;
   int64_t drawn = rows.begin;  // from this row on, where there are masks
   int32_t e = rowptr[rows.begin];
   for (int64_t i = rows.begin; i < rows.end; ++i) {
+    if constexpr (mode == Fetch::near) Block<T, width>::prefetch(source + std::min(i + ahead, last_row) * stride);
     Block<T, width> sum;
     if (diagonal)
       sum.scaled(diagonal[i], source + i * stride);
     else
       sum.zero();
     for (const int32_t end = rowptr[i + 1]; e < end; ++e) {
-      if constexpr (prefetch) {
-        const T* ahead = source + col[std::min(e + look_ahead, last_entry)] * stride;
-        for (int c = 0; c < width; c += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(ahead + c);
-      }
+      if constexpr (mode == Fetch::far)
+        Block<T, width>::prefetch(source + col[std::min(e + look_ahead, last_entry)] * stride);
       sum.add(edge[e], source + col[e] * stride);
     }
-    if (plain) {
+    if (plain && stream) {
+      sum.stream(step.target.row(i));
+    } else if (plain) {
       sum.store(step.target.row(i));
     } else {
       if (step.dropout.active() && (i - rows.begin) % factors.rows == 0)
@@ -108,6 +130,9 @@ KANTOR_SIMD void step_rows_of(const Step<T>& step, Range rows) {
       std::copy_n(value, step.stored, step.target.row(i));
     }
   }
+#if defined(__SSE__)
+  if (stream) _mm_sfence();  // before other threads read the rows
+#endif
 }
 
 template <class T, int width>
@@ -193,10 +218,14 @@ template <class T>
 void step_rows(const Step<T>& step, Range rows) {
   if (rows.size() == 0) return;
   switch_width<T>(step.width, [&]<int width>() {
-    if (step.prefetch)
-      step_rows_of<T, width, true>(step, rows);
-    else
-      step_rows_of<T, width, false>(step, rows);
+    switch (step.fetch.mode) {
+      case Fetch::none:
+        return step_rows_of<T, width, Fetch::none>(step, rows);
+      case Fetch::near:
+        return step_rows_of<T, width, Fetch::near>(step, rows);
+      case Fetch::far:
+        return step_rows_of<T, width, Fetch::far>(step, rows);
+    }
   });
 }
 
@@ -240,18 +269,27 @@ Range rows_of(const Pattern& pattern, int worker, int workers) {
   return {first(worker), worker + 1 == workers ? pattern.n : first(worker + 1)};
 }
 
-bool is_scattered(const Pattern& pattern, int64_t bytes) {
-  constexpr int64_t samples = 256, near = 256 << 10;  // a few windows of this size fit into the second-level cache
-  if (pattern.nnz == 0 || pattern.n * bytes <= 2 * near) return false;
+Fetch fetch_for(const Pattern& pattern, int64_t bytes) {
+  // Bytes of a tile that stays in cache by itself; of a window of rows that does; of one that no cache holds.
+  constexpr int64_t cached = 512 << 10, window = 256 << 10, uncached = 48 << 20;
+  constexpr int64_t samples = 256;
+  Fetch fetch;
+  fetch.stream = pattern.n * bytes > uncached;
+  if (pattern.nnz == 0 || pattern.n * bytes <= cached) return fetch;
   int64_t far = 0, seen = 0;
   for (int64_t s = 0; s < samples; ++s) {
     const int64_t i = pattern.n * s / samples;
     for (int32_t e = pattern.rowptr[i]; e < pattern.rowptr[i + 1]; ++e, ++seen) {
       const int64_t distance = pattern.col[e] - i;
-      far += std::max(distance, -distance) * bytes > near;
+      if (std::max(distance, -distance) * bytes > window)
+        ++far;
+      else
+        fetch.ahead = std::max(fetch.ahead, distance);
     }
   }
-  return 4 * far > seen;
+  fetch.mode = 20 * far > seen ? Fetch::far : Fetch::near;
+  fetch.ahead += 32;
+  return fetch;
 }
 
 #define KANTOR_INSTANTIATE(T)                                                                                    \
