@@ -1,10 +1,11 @@
-// Exact k-nearest neighbours: of each row x_i of x, (n, d), the k nearest OTHER rows in Euclidean distance, self excluded
-// by its index. Rows of the results are sorted by (squared_distance, index) in lexicographic order, so that they are the
-// same whatever the number of threads, the instruction set or the device: everybody selects as they like, but with a
-// margin that no rounding exceeds, and then orders what is left by squared_distance as it stands here.
+// Exact k-nearest neighbours: of each row x_i of x, (n, d), the k nearest OTHER rows in Euclidean distance, self
+// excluded by its index. Rows of the results are sorted by (squared_distance, index) in lexicographic order, so that
+// they are the same whatever the number of threads, the instruction set or the device: everybody selects as they like,
+// but with a margin that no rounding exceeds, and then orders what is left by squared_distance as it stands here.
 //   index (n, k) int32, distance (n, k): sqrt(squared_distance), rounded to T
-// n < 2^31, d >= 1, 1 <= k <= n - 1. Values are finite and squares of differences stay within the range of doubles; a
-// row without k finite distances has the index -1 and the distance NaN in place of the missing ones.
+// n < 2^31, 1 <= d <= knn_largest_d, 1 <= k <= n - 1 and on CUDA at most knn_largest_k. Values are finite, and squares
+// of differences within the range of doubles; a row without k finite distances has the index -1 and the distance NaN in
+// place of the missing ones.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -14,7 +15,7 @@
 
 namespace kantor {
 
-inline constexpr int64_t knn_largest_k = 512;
+inline constexpr int64_t knn_largest_k = 512, knn_largest_d = 1 << 20;
 
 // sum + difference^2, rounded twice: a contracted multiply-add would give other bits than a machine without it.
 KANTOR_HD double add_square(double sum, double difference) {
