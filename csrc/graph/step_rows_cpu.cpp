@@ -1,0 +1,242 @@
+#include "graph/step_rows.h"
+
+#include <cstring>
+
+#include "core/simd.h"
+
+namespace kantor {
+namespace {
+
+constexpr int64_t look_ahead = 16;  // entries between a prefetch and its use
+
+// `width` elements in registers of at most 64 bytes.
+template <class T, int width>
+struct Block {
+  static constexpr int bytes = std::min<int>(64, width * sizeof(T)), lanes = bytes / sizeof(T), count = width / lanes;
+  typedef T Vector __attribute__((vector_size(bytes)));
+  Vector v[count];
+
+  KANTOR_ALWAYS_INLINE static Vector read(const T* from) {
+    Vector vector;
+    std::memcpy(&vector, from, bytes);
+    return vector;
+  }
+  KANTOR_ALWAYS_INLINE void zero() {
+    for (int l = 0; l < count; ++l) v[l] = Vector{};
+  }
+  KANTOR_ALWAYS_INLINE void scaled(T a, const T* x) {
+    for (int l = 0; l < count; ++l) v[l] = read(x + l * lanes) * a;
+  }
+  KANTOR_ALWAYS_INLINE void add(T a, const T* x) {
+    for (int l = 0; l < count; ++l) v[l] += read(x + l * lanes) * a;
+  }
+  KANTOR_ALWAYS_INLINE void store(T* y) const {
+    for (int l = 0; l < count; ++l) std::memcpy(y + l * lanes, &v[l], bytes);
+  }
+};
+
+// factors[c] = the dropout factor of column first + c, where first is a multiple of 4.
+template <class T, int width>
+KANTOR_ALWAYS_INLINE void mask_row(const Dropout<T>& dropout, int64_t step, int64_t row, int64_t first, T* factors) {
+  constexpr int blocks = (width + 3) / 4;
+  T lanes[4][blocks];
+  for (int b = 0; b < blocks; ++b) {
+    const Philox random = dropout.bits(first / 4 + b, row, step);
+    for (int l = 0; l < 4; ++l) lanes[l][b] = dropout.factor(random.lane[l]);
+  }
+  for (int c = 0; c < width; ++c) factors[c] = lanes[c % 4][c / 4];
+}
+
+// What a step does beside D and E: teleport, mask and the adjoint's sum.
+template <class T, int width>
+KANTOR_ALWAYS_INLINE void finish_row(const Step<T>& step, int64_t i, T* value) {
+  if (step.start.data) {
+    const T* start = step.start.row(i);
+    for (int64_t c = 0; c < step.columns; ++c) value[c] += step.teleport * start[c];
+  }
+  if (step.dropout.active()) {
+    T factors[width];
+    mask_row<T, width>(step.dropout, step.mask_step, i, step.first_column, factors);
+    for (int c = 0; c < width; ++c) value[c] *= factors[c];
+  }
+  if (step.sum.data) {
+    T* sum = step.sum.row(i);
+    if (step.last)
+      for (int64_t c = 0; c < step.columns; ++c) value[c] += sum[c];
+    else
+      for (int64_t c = 0; c < step.columns; ++c) sum[c] += step.teleport * value[c];
+  }
+}
+
+template <class T, int width, bool prefetch>
+KANTOR_SIMD void step_rows_of(const Step<T>& step, Range rows) {
+  const int32_t *rowptr = step.pattern.rowptr, *col = step.pattern.col;
+  const T *edge = step.edge, *diagonal = step.diagonal, *source = step.source.data;
+  const int64_t stride = step.source.stride, last_entry = step.pattern.nnz - 1;
+  const bool plain = !step.start.data && !step.sum.data && !step.dropout.active() && step.stored == width;
+  int32_t e = rowptr[rows.begin];
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    Block<T, width> sum;
+    if (diagonal)
+      sum.scaled(diagonal[i], source + i * stride);
+    else
+      sum.zero();
+    for (const int32_t end = rowptr[i + 1]; e < end; ++e) {
+      if constexpr (prefetch) {
+        const T* ahead = source + col[std::min(e + look_ahead, last_entry)] * stride;
+        for (int c = 0; c < width; c += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(ahead + c);
+      }
+      sum.add(edge[e], source + col[e] * stride);
+    }
+    if (plain) {
+      sum.store(step.target.row(i));
+    } else {
+      T value[width];
+      sum.store(value);
+      finish_row<T, width>(step, i, value);
+      std::copy_n(value, step.stored, step.target.row(i));
+    }
+  }
+}
+
+template <class T, int width>
+KANTOR_SIMD void pack_rows_of(Rows<const T> x, int64_t columns, const Dropout<T>& dropout, int64_t mask_step,
+                              int64_t first_column, Rows<T> tile, Range rows) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    T* target = tile.row(i);
+    std::copy_n(x.row(i), columns, target);
+    for (int64_t c = columns; c < width; ++c) target[c] = 0;
+    if (!dropout.active()) continue;
+    T factors[width];
+    mask_row<T, width>(dropout, mask_step, i, first_column, factors);
+    for (int c = 0; c < width; ++c) target[c] *= factors[c];
+  }
+}
+
+// Lanes, not one sum: fast, and of about the accuracy of pairwise summation. Always in the same order.
+template <class T>
+KANTOR_ALWAYS_INLINE T dot(int64_t length, const T* a, const T* b) {
+  constexpr int lanes = 64 / sizeof(T);
+  using B = Block<T, lanes>;
+  typename B::Vector even{}, odd{};
+  int64_t c = 0;
+  for (; c + 2 * lanes <= length; c += 2 * lanes) {
+    even += B::read(a + c) * B::read(b + c);
+    odd += B::read(a + c + lanes) * B::read(b + c + lanes);
+  }
+  if (c + lanes <= length) {
+    even += B::read(a + c) * B::read(b + c);
+    c += lanes;
+  }
+  even += odd;
+  T rest = 0;
+  for (; c < length; ++c) rest += a[c] * b[c];
+  T part[lanes];
+  std::memcpy(part, &even, sizeof part);
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) part[l] += part[l + half];
+  return part[0] + rest;
+}
+
+template <class T>
+KANTOR_SIMD void dot_rows_of(const Pattern& pattern, int64_t length, Rows<const T> a, Rows<const T> b, Range rows,
+                             bool accumulate, T* out, T* diagonal) {
+  const int32_t* col = pattern.col;
+  int32_t e = pattern.rowptr[rows.begin];
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const T* ai = a.row(i);
+    for (const int32_t end = pattern.rowptr[i + 1]; e < end; ++e) {
+      const T value = dot(length, ai, b.row(col[e]));
+      out[e] = accumulate ? out[e] + value : value;
+    }
+    if (diagonal) diagonal[i] += dot(length, ai, b.row(i));
+  }
+}
+
+// body.operator()<width>() for a width that is a power of two.
+template <class T, class Body>
+void switch_width(int64_t width, Body&& body) {
+  switch (width) {
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+    case 4:
+      return body.template operator()<4>();
+    case 8:
+      return body.template operator()<8>();
+    case 16:
+      return body.template operator()<16>();
+    case 32:
+      return body.template operator()<32>();
+    default:
+      if constexpr (max_width<T> == 64) return body.template operator()<64>();
+  }
+}
+
+}  // namespace
+
+template <class T>
+void step_rows(const Step<T>& step, Range rows) {
+  if (rows.size() == 0) return;
+  switch_width<T>(step.width, [&]<int width>() {
+    if (step.prefetch)
+      step_rows_of<T, width, true>(step, rows);
+    else
+      step_rows_of<T, width, false>(step, rows);
+  });
+}
+
+template <class T>
+void pack_rows(Rows<const T> x, int64_t columns, int64_t width, const Dropout<T>& dropout, int64_t mask_step,
+               int64_t first_column, Rows<T> tile, Range rows) {
+  switch_width<T>(width,
+                  [&]<int w>() { pack_rows_of<T, w>(x, columns, dropout, mask_step, first_column, tile, rows); });
+}
+
+template <class T>
+void dot_rows(const Pattern& pattern, int64_t length, Rows<const T> a, Rows<const T> b, Range rows, bool accumulate,
+              T* out, T* diagonal) {
+  if (rows.size() > 0) dot_rows_of(pattern, length, a, b, rows, accumulate, out, diagonal);
+}
+
+Range rows_of(const Pattern& pattern, int worker, int workers) {
+  // Row i begins after rowptr[i] entries and i rows, each of which costs about as much as an entry.
+  const auto first = [&](int w) {
+    const int64_t before = (pattern.nnz + pattern.n) * w / workers;
+    int64_t low = 0, high = pattern.n;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (pattern.rowptr[middle] + middle < before)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  };
+  return {first(worker), worker + 1 == workers ? pattern.n : first(worker + 1)};
+}
+
+bool is_scattered(const Pattern& pattern, int64_t bytes) {
+  constexpr int64_t samples = 256, near = 256 << 10;  // a few windows of this size fit into the second-level cache
+  if (pattern.nnz == 0 || pattern.n * bytes <= 2 * near) return false;
+  int64_t far = 0, seen = 0;
+  for (int64_t s = 0; s < samples; ++s) {
+    const int64_t i = pattern.n * s / samples;
+    for (int32_t e = pattern.rowptr[i]; e < pattern.rowptr[i + 1]; ++e, ++seen) {
+      const int64_t distance = pattern.col[e] - i;
+      far += std::max(distance, -distance) * bytes > near;
+    }
+  }
+  return 4 * far > seen;
+}
+
+#define KANTOR_INSTANTIATE(T)                                                                                    \
+  template void step_rows(const Step<T>&, Range);                                                                \
+  template void pack_rows(Rows<const T>, int64_t, int64_t, const Dropout<T>&, int64_t, int64_t, Rows<T>, Range); \
+  template void dot_rows(const Pattern&, int64_t, Rows<const T>, Rows<const T>, Range, bool, T*, T*);
+KANTOR_INSTANTIATE(float)
+KANTOR_INSTANTIATE(double)
+#undef KANTOR_INSTANTIATE
+
+}  // namespace kantor
