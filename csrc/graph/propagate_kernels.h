@@ -93,10 +93,10 @@ Step<T> make_step(const Recurrence<T>& r, const Dropout<T>& dropout, int64_t col
   return s;
 }
 
-// Adds the row's products with the lane's columns from `column` on.
+// Adds the row's products with the lane's columns, which start at `shift` behind `column`.
 template <class T, int width, int pieces>
-__device__ __forceinline__ void add_row_product(const Step<T>& s, int64_t row, int64_t column, int64_t apart,
-                                                Columns<T, width> (&sum)[pieces]) {
+__device__ __forceinline__ void add_row_product(const Step<T>& s, int64_t row, int64_t column,
+                                                const int (&shift)[pieces], Columns<T, width> (&sum)[pieces]) {
   constexpr int at_once = 4;
   const int32_t end = s.pattern.rowptr[row + 1];
   int32_t e = s.pattern.rowptr[row];
@@ -106,17 +106,14 @@ __device__ __forceinline__ void add_row_product(const Step<T>& s, int64_t row, i
     KANTOR_UNROLL for (int i = 0; i < at_once; ++i) {
       const T* from = s.in.at(s.pattern.col[e + i], column);
       weight[i] = s.edge[e + i];
-      KANTOR_UNROLL for (int p = 0; p < pieces; ++p) if (p == 0 || column + p * apart < s.columns) x[i][p] =
-          load_columns<width>(from + p * apart);
+      KANTOR_UNROLL for (int p = 0; p < pieces; ++p) x[i][p] = load_columns<width>(from + shift[p]);
     }
-    KANTOR_UNROLL for (int i = 0; i < at_once; ++i)
-        KANTOR_UNROLL for (int p = 0; p < pieces; ++p) if (p == 0 || column + p * apart < s.columns)
-            add_scaled(sum[p], weight[i], x[i][p]);
+    KANTOR_UNROLL for (int i = 0; i < at_once; ++i) KANTOR_UNROLL for (int p = 0; p < pieces; ++p)
+        add_scaled(sum[p], weight[i], x[i][p]);
   }
   for (; e < end; ++e) {
     const T* from = s.in.at(s.pattern.col[e], column);
-    KANTOR_UNROLL for (int p = 0; p < pieces; ++p) if (p == 0 || column + p * apart < s.columns)
-        add_scaled(sum[p], s.edge[e], load_columns<width>(from + p * apart));
+    KANTOR_UNROLL for (int p = 0; p < pieces; ++p) add_scaled(sum[p], s.edge[e], load_columns<width>(from + shift[p]));
   }
 }
 
@@ -143,7 +140,7 @@ __device__ __forceinline__ void finish_step(const Step<T>& s, int64_t row, int64
 template <class T, int width, int pieces, bool masked>
 __global__ void step_kernel(Step<T> s) {
   const int lanes = 1 << s.lane_bits, groups = static_cast<int>(blockDim.x) >> s.lane_bits;
-  const int64_t apart = static_cast<int64_t>(lanes) * width;
+  const int apart = lanes * width;
   int64_t item = static_cast<int64_t>(blockIdx.x) * groups * s.turns + (threadIdx.x >> s.lane_bits);
   for (int turn = 0; turn < s.turns; ++turn, item += groups) {
     const int64_t row = s.column_blocks == 1 ? item : item / s.column_blocks;
@@ -151,17 +148,19 @@ __global__ void step_kernel(Step<T> s) {
     const int64_t block = item - row * s.column_blocks;
     const int64_t column = block * apart * pieces + static_cast<int64_t>(threadIdx.x & (lanes - 1)) * width;
     if (column >= s.columns) continue;
+    int shift[pieces];  // a piece beyond the last column reads the first one once more, and is not stored
+    KANTOR_UNROLL for (int p = 0; p < pieces; ++p) shift[p] = column + p * apart < s.columns ? p * apart : 0;
     Columns<T, width> own[pieces] = {}, sum[pieces] = {};
     if (s.diagonal) {
       const T diagonal = s.diagonal[row];
-      KANTOR_UNROLL for (int p = 0; p < pieces; ++p) if (p == 0 || column + p * apart < s.columns) {
-        own[p] = load_columns<width>(s.in.at(row, column + p * apart));
+      KANTOR_UNROLL for (int p = 0; p < pieces; ++p) {
+        own[p] = load_columns<width>(s.in.at(row, column + shift[p]));
         add_scaled(sum[p], diagonal, own[p]);
       }
     }
-    add_row_product(s, row, column, apart, sum);
-    KANTOR_UNROLL for (int p = 0; p < pieces; ++p) if (p == 0 || column + p * apart < s.columns)
-        finish_step<masked>(s, row, column + p * apart, own[p], sum[p]);
+    add_row_product(s, row, column, shift, sum);
+    KANTOR_UNROLL for (int p = 0; p < pieces; ++p) if (p == 0 || shift[p] > 0)
+        finish_step<masked>(s, row, column + shift[p], own[p], sum[p]);
   }
 }
 
