@@ -40,7 +40,7 @@ KANTOR_HD double squared_distance(int64_t d, const T* x, const T* y) {
   return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
-// Bytes of workspace, which need not be initialised; its address must be a multiple of 64 (CUDA: 256).
+// Bytes of workspace, which need not be initialised. Its address is a multiple of 16, for speed of 64; CUDA: of 256.
 template <class T>
 int64_t knn_workspace_bytes_cpu(int64_t n, int64_t d, int64_t k, int threads);
 template <class T>
@@ -48,9 +48,10 @@ int64_t knn_workspace_bytes_cuda(int64_t n, int64_t d, int64_t k);
 
 // n^2 d multiply-adds; reads x once and a packed copy of it n / 240 times, writes the results. `interrupted` is asked
 // every few milliseconds by the calling thread; once it answers true the function returns false, its results undefined.
+// Vectors have at most `widest` bits.
 template <class T>
 bool knn_cpu(const Exec& exec, int64_t n, int64_t d, const T* x, int64_t k, int32_t* index, T* distance,
-             void* workspace, const std::function<bool()>& interrupted);
+             void* workspace, const std::function<bool()>& interrupted, int widest = 512);
 
 // Asynchronous, on the stream of `exec`.
 template <class T>

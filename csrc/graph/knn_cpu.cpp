@@ -310,10 +310,10 @@ class Search {
 };
 
 template <class T>
-KnnScanFunction<T> scan_function() {
+KnnScanFunction<T> scan_function([[maybe_unused]] int widest) {
 #if defined(__x86_64__) && !defined(KANTOR_NO_SIMD)
-  if (__builtin_cpu_supports("x86-64-v4")) return knn_scan_avx512<T>();
-  if (__builtin_cpu_supports("x86-64-v3")) return knn_scan_avx2<T>();
+  if (widest >= 512 && __builtin_cpu_supports("x86-64-v4")) return knn_scan_avx512<T>();
+  if (widest >= 256 && __builtin_cpu_supports("x86-64-v3")) return knn_scan_avx2<T>();
 #endif
   return knn_scan_plain<T>();
 }
@@ -333,7 +333,7 @@ int64_t knn_workspace_bytes_cpu(int64_t n, int64_t d, int64_t k, int threads) {
 
 template <class T>
 bool knn_cpu(const Exec& exec, int64_t n, int64_t d, const T* x, int64_t k, int32_t* index, T* distance,
-             void* workspace, const std::function<bool()>& interrupted) {
+             void* workspace, const std::function<bool()>& interrupted, int widest) {
   const Plan<T> plan(n, d, k, exec.threads);
   Workspace<T> space{static_cast<char*>(workspace)};
   Search<T> search(plan, x, index, distance, space);
@@ -356,7 +356,7 @@ bool knn_cpu(const Exec& exec, int64_t n, int64_t d, const T* x, int64_t k, int3
     while (!stopped) {
       const int64_t block = next++;
       if (block >= plan.blocks()) break;
-      search.search(block, scan_function<T>(), lists[worker], stop);
+      search.search(block, scan_function<T>(widest), lists[worker], stop);
     }
   });
   if (error) std::rethrow_exception(error);
@@ -366,8 +366,8 @@ bool knn_cpu(const Exec& exec, int64_t n, int64_t d, const T* x, int64_t k, int3
 template int64_t knn_workspace_bytes_cpu<float>(int64_t, int64_t, int64_t, int);
 template int64_t knn_workspace_bytes_cpu<double>(int64_t, int64_t, int64_t, int);
 template bool knn_cpu(const Exec&, int64_t, int64_t, const float*, int64_t, int32_t*, float*, void*,
-                      const std::function<bool()>&);
+                      const std::function<bool()>&, int);
 template bool knn_cpu(const Exec&, int64_t, int64_t, const double*, int64_t, int32_t*, double*, void*,
-                      const std::function<bool()>&);
+                      const std::function<bool()>&, int);
 
 }  // namespace kantor

@@ -38,11 +38,10 @@ void dropout_mask_cpu(const Exec& exec, int64_t n, int64_t d, int64_t step, doub
   const Dropout<T> factors(dropout, seed);
   parallel_region(threads_for(exec.threads, n * d), [&](int worker, int workers) {
     const Range rows = share(n, worker, workers);
-    for (int64_t i = rows.begin; i < rows.end; ++i)
-      for (int64_t c = 0; c < d; c += 4) {
-        const Philox random = factors.bits(c / 4, i, step);
-        for (int64_t l = 0; l < std::min<int64_t>(4, d - c); ++l) mask[i * d + c + l] = factors.factor(random.lane[l]);
-      }
+    for (int64_t first = 0; first < d; first += max_width<T>) {
+      const int64_t columns = std::min(max_width<T>, d - first);
+      mask_rows(factors, step, first, width_for<T>(columns), {mask + first, d}, columns, rows);
+    }
   });
 }
 

@@ -60,6 +60,11 @@ template <class T>
 void pack_rows(Rows<const T> x, int64_t columns, int64_t width, const Dropout<T>& dropout, int64_t mask_step,
                int64_t first_column, Rows<T> tile, Range rows);
 
+// The mask itself: `columns` columns from first_column on.
+template <class T>
+void mask_rows(const Dropout<T>& dropout, int64_t mask_step, int64_t first_column, int64_t width, Rows<T> mask,
+               int64_t columns, Range rows);
+
 // out_e (+)= <a_i, b_j> over `length` columns, for the entries of these rows; and diagonal_i += <a_i, b_i> unless null.
 template <class T>
 void dot_rows(const Pattern& pattern, int64_t length, Rows<const T> a, Rows<const T> b, Range rows, bool accumulate,

@@ -35,30 +35,37 @@ struct Block {
   }
 };
 
-// factors[c] = the dropout factor of column first + c, where first is a multiple of 4.
+// The dropout factors of a few rows of a tile at a time, from 16 counters: as many as vectorise well.
 template <class T, int width>
-KANTOR_ALWAYS_INLINE void mask_row(const Dropout<T>& dropout, int64_t step, int64_t row, int64_t first, T* factors) {
-  constexpr int blocks = (width + 3) / 4;
-  T lanes[4][blocks];
-  for (int b = 0; b < blocks; ++b) {
-    const Philox random = dropout.bits(first / 4 + b, row, step);
-    for (int l = 0; l < 4; ++l) lanes[l][b] = dropout.factor(random.lane[l]);
+struct Factors {
+  static constexpr int counters = 16, blocks = (width + 3) / 4, rows = counters / blocks;
+  T factors[4 * counters];
+
+  // Columns first..first+width-1 of rows row..row+rows-1; `first` is a multiple of 4.
+  KANTOR_ALWAYS_INLINE void draw(const Dropout<T>& dropout, int64_t step, int64_t row, int64_t first) {
+    const Dropout<T> local = dropout;
+    uint32_t random[4][counters];
+    for (int q = 0; q < counters; ++q) {
+      const Philox bits = local.bits(first / 4 + q % blocks, row + q / blocks, step);
+      for (int l = 0; l < 4; ++l) random[l][q] = bits.lane[l];
+    }
+    for (int q = 0; q < counters; ++q)
+      for (int l = 0; l < 4; ++l) factors[4 * q + l] = local.factor(random[l][q]);
   }
-  for (int c = 0; c < width; ++c) factors[c] = lanes[c % 4][c / 4];
-}
+  KANTOR_ALWAYS_INLINE void apply(int64_t row, T* value) const {
+    for (int c = 0; c < width; ++c) value[c] *= factors[row * blocks * 4 + c];
+  }
+};
 
 // What a step does beside D and E: teleport, mask and the adjoint's sum.
 template <class T, int width>
-KANTOR_ALWAYS_INLINE void finish_row(const Step<T>& step, int64_t i, T* value) {
+KANTOR_ALWAYS_INLINE void finish_row(const Step<T>& step, int64_t i, const Factors<T, width>& factors, int64_t row,
+                                     T* value) {
   if (step.start.data) {
     const T* start = step.start.row(i);
     for (int64_t c = 0; c < step.columns; ++c) value[c] += step.teleport * start[c];
   }
-  if (step.dropout.active()) {
-    T factors[width];
-    mask_row<T, width>(step.dropout, step.mask_step, i, step.first_column, factors);
-    for (int c = 0; c < width; ++c) value[c] *= factors[c];
-  }
+  if (step.dropout.active()) factors.apply(row, value);
   if (step.sum.data) {
     T* sum = step.sum.row(i);
     if (step.last)
@@ -74,6 +81,8 @@ KANTOR_SIMD void step_rows_of(const Step<T>& step, Range rows) {
   const T *edge = step.edge, *diagonal = step.diagonal, *source = step.source.data;
   const int64_t stride = step.source.stride, last_entry = step.pattern.nnz - 1;
   const bool plain = !step.start.data && !step.sum.data && !step.dropout.active() && step.stored == width;
+  Factors<T, width> factors;
+  int64_t drawn = rows.begin;  // from this row on, where there are masks
   int32_t e = rowptr[rows.begin];
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     Block<T, width> sum;
@@ -91,9 +100,11 @@ KANTOR_SIMD void step_rows_of(const Step<T>& step, Range rows) {
     if (plain) {
       sum.store(step.target.row(i));
     } else {
+      if (step.dropout.active() && (i - rows.begin) % factors.rows == 0)
+        factors.draw(step.dropout, step.mask_step, drawn = i, step.first_column);
       T value[width];
       sum.store(value);
-      finish_row<T, width>(step, i, value);
+      finish_row(step, i, factors, i - drawn, value);
       std::copy_n(value, step.stored, step.target.row(i));
     }
   }
@@ -101,15 +112,17 @@ KANTOR_SIMD void step_rows_of(const Step<T>& step, Range rows) {
 
 template <class T, int width>
 KANTOR_SIMD void pack_rows_of(Rows<const T> x, int64_t columns, const Dropout<T>& dropout, int64_t mask_step,
-                              int64_t first_column, Rows<T> tile, Range rows) {
+                              int64_t first_column, Rows<T> tile, int64_t stored, Range rows) {
+  Factors<T, width> factors;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
-    T* target = tile.row(i);
-    std::copy_n(x.row(i), columns, target);
-    for (int64_t c = columns; c < width; ++c) target[c] = 0;
-    if (!dropout.active()) continue;
-    T factors[width];
-    mask_row<T, width>(dropout, mask_step, i, first_column, factors);
-    for (int c = 0; c < width; ++c) target[c] *= factors[c];
+    T value[width] = {};
+    std::copy_n(x.row(i), columns, value);
+    if (dropout.active()) {
+      const int64_t row = (i - rows.begin) % factors.rows;
+      if (row == 0) factors.draw(dropout, mask_step, i, first_column);
+      factors.apply(row, value);
+    }
+    std::copy_n(value, stored, tile.row(i));
   }
 }
 
@@ -191,7 +204,17 @@ template <class T>
 void pack_rows(Rows<const T> x, int64_t columns, int64_t width, const Dropout<T>& dropout, int64_t mask_step,
                int64_t first_column, Rows<T> tile, Range rows) {
   switch_width<T>(width,
-                  [&]<int w>() { pack_rows_of<T, w>(x, columns, dropout, mask_step, first_column, tile, rows); });
+                  [&]<int w>() { pack_rows_of<T, w>(x, columns, dropout, mask_step, first_column, tile, w, rows); });
+}
+
+template <class T>
+void mask_rows(const Dropout<T>& dropout, int64_t mask_step, int64_t first_column, int64_t width, Rows<T> mask,
+               int64_t columns, Range rows) {
+  T ones[max_width<T>];
+  std::fill(ones, ones + max_width<T>, T(1));
+  switch_width<T>(width, [&]<int w>() {
+    pack_rows_of<T, w>({ones, 0}, columns, dropout, mask_step, first_column, mask, columns, rows);
+  });
 }
 
 template <class T>
@@ -234,6 +257,7 @@ bool is_scattered(const Pattern& pattern, int64_t bytes) {
 #define KANTOR_INSTANTIATE(T)                                                                                    \
   template void step_rows(const Step<T>&, Range);                                                                \
   template void pack_rows(Rows<const T>, int64_t, int64_t, const Dropout<T>&, int64_t, int64_t, Rows<T>, Range); \
+  template void mask_rows(const Dropout<T>&, int64_t, int64_t, int64_t, Rows<T>, int64_t, Range);                \
   template void dot_rows(const Pattern&, int64_t, Rows<const T>, Rows<const T>, Range, bool, T*, T*);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
