@@ -12,8 +12,8 @@ constexpr unsigned threads_per_block = 256;
 // From so many lanes on a block takes many neighbouring rows, which find each other's rows of x in the first-level
 // cache where the order of the nodes is local.
 constexpr int64_t many_lanes = int64_t{1} << 20;
-constexpr unsigned threads_of_large_block = 1024;
-constexpr int turns_of_large_block = 4;
+constexpr unsigned threads_of_large_block = 512;
+constexpr int turns_of_large_block = 8;
 // In one launch a tile is one block's. That pays where there are tiles enough to keep the device busy, or so few
 // entries that launching would take longer.
 constexpr int64_t enough_tiles = 64, few_entries = int64_t{1} << 15;
@@ -52,16 +52,20 @@ void launch_step_of(const Exec& exec, Step<T> s) {
 // step.
 template <class T>
 int resident_piece_bits(const Exec& exec, const Recurrence<T>& r, int64_t d) {
-  const int64_t steps = r.steps;
+  const int64_t steps = r.steps, multiprocessors = simt::sm_count(exec.device);
   if (steps < 2 || steps > most_steps) return -1;
   const size_t limit = std::min(resident_bytes, simt::shared_bytes_limit(exec.device));
-  for (int bits = 2; bits >= 0; --bits) {
+  int best = -1;
+  int64_t least = 0;
+  for (int bits = 0; bits <= 2; ++bits) {
+    if (2 * 16 * (static_cast<uint64_t>(r.pattern.n) << bits) > limit) break;
     const int64_t tiles = quotient_up(d, int64_t{resident_width<T>} << bits);
-    const bool fits = 2 * 16 * (static_cast<uint64_t>(r.pattern.n) << bits) <= limit;
-    if (fits && tiles >= 2 * enough_tiles) return bits;
-    if (fits && bits == 0 && (tiles >= enough_tiles || r.pattern.nnz <= few_entries)) return bits;
+    if (tiles < enough_tiles && (bits > 0 || r.pattern.nnz > few_entries)) break;
+    // A tile reads the entries once and gathers its pieces; a multiprocessor has room for one.
+    const int64_t time = quotient_up(tiles, multiprocessors) * (1 + (1 << bits));
+    if (best < 0 || time < least) best = bits, least = time;
   }
-  return -1;
+  return best;
 }
 
 template <class T>

@@ -138,7 +138,7 @@ __device__ __forceinline__ void finish_step(const Step<T>& s, int64_t row, int64
 // A lane has `pieces` times `width` columns. Traffic per step: 8 bytes an entry for each part of the columns, x once
 // where its rows stay in cache (else nnz d words), n d words written; with teleport n d words more, adjoint 2 n d.
 template <class T, int width, int pieces, bool masked>
-__global__ void step_kernel(Step<T> s) {
+__global__ void __launch_bounds__(512) step_kernel(Step<T> s) {
   const int lanes = 1 << s.lane_bits, groups = static_cast<int>(blockDim.x) >> s.lane_bits;
   const int apart = lanes * width;
   int64_t item = static_cast<int64_t>(blockIdx.x) * groups * s.turns + (threadIdx.x >> s.lane_bits);
@@ -182,7 +182,7 @@ struct Resident {
 // A block's tile, twice: the state of this step and of the next. 8 bytes an entry and step from the second-level cache,
 // x and y once. Teleport reads x again in each step; the adjoint adds up in y.
 template <class T, bool masked>
-__global__ void __launch_bounds__(1024) resident_kernel(Resident<T> s) {
+__global__ void __launch_bounds__(1024, 1) resident_kernel(Resident<T> s) {
   constexpr int width = resident_width<T>;
   using Piece = Columns<T, width>;
   SIMT_DYNAMIC_SHARED(Piece, states);

@@ -98,8 +98,8 @@ def test_beyond_shared_memory(d: int, dtype: torch.dtype, device: str) -> None:
 
 
 def test_many_tiles_in_shared_memory(device: str) -> None:
-    """Wide enough for tiles of 4 and of 2 pieces of 16 bytes, the last of them not full."""
-    for d in (1100, 2050):
+    """Wide enough for tiles of two and of four pieces of 16 bytes, the last of them not full."""
+    for d in (505, 1100):
         given = problem(9, d, F32)
         for options in ((2, 0.1), (3, 0.0, 0.5, 3)):
             actual, expected = (run(*given, options, where, weights=False) for where in (device, "cpu"))
