@@ -13,6 +13,7 @@ namespace {
 Pattern read_pattern(const Tensor& rowptr, const Tensor& col) {
   require(rowptr.size() > 0, "rowptr: expected n + 1 elements, got none");
   require_same_device(rowptr, col, "rowptr, col");
+  (void)use_cuda_code(rowptr);  // an error in a build without CUDA code
   return {rowptr.size() - 1, col.size(), elements<const int32_t>(rowptr, "rowptr").data(),
           elements<const int32_t>(col, "col").data()};
 }
@@ -58,6 +59,8 @@ void bind_product(const Tensor& rowptr, const Tensor& col, const Tensor& weight,
     T* ys = read<T>(y, pattern.n * d, rowptr, "y");
     const Exec exec = exec_for(x, threads);
     py::gil_scoped_release nogil;
+    if constexpr (cuda_code_built)
+      if (use_cuda_code(x)) return product_cuda(exec, pattern, weights, d, xs, ys);
     product_cpu(exec, pattern, weights, d, xs, ys);
   });
 }
@@ -71,8 +74,17 @@ void bind_edge_dot(const Tensor& rowptr, const Tensor& col, const Tensor& a, con
     T* outs = read<T>(out, pattern.nnz, rowptr, "out");
     const Exec exec = exec_for(a, threads);
     py::gil_scoped_release nogil;
+    if constexpr (cuda_code_built)
+      if (use_cuda_code(a)) return edge_dot_cuda(exec, pattern, d, as, bs, outs);
     edge_dot_cpu(exec, pattern, d, as, bs, outs);
   });
+}
+
+template <class T>
+int64_t propagate_workspace(const Tensor& x, const Exec& exec, const Recurrence<T>& recurrence, int64_t d) {
+  if constexpr (cuda_code_built)
+    if (use_cuda_code(x)) return propagate_workspace_cuda(exec, recurrence, d);
+  return propagate_workspace_cpu(exec, recurrence, d);
 }
 
 int64_t bind_propagate_workspace(const Tensor& rowptr, const Tensor& col, const Tensor& edge, const Tensor& diagonal,
@@ -80,7 +92,7 @@ int64_t bind_propagate_workspace(const Tensor& rowptr, const Tensor& col, const 
   const Pattern pattern = read_pattern(rowptr, col);
   return switch_float(x, "x", [&]<class T>(T) {
     const auto recurrence = read_recurrence<T>(pattern, rowptr, edge, diagonal, options);
-    return propagate_workspace_cpu(exec_for(x, threads), recurrence, columns_of(x, pattern));
+    return propagate_workspace(x, exec_for(x, threads), recurrence, columns_of(x, pattern));
   });
 }
 
@@ -93,10 +105,19 @@ void bind_propagate(const Tensor& rowptr, const Tensor& col, const Tensor& edge,
     const T* xs = read<const T>(x, pattern.n * d, rowptr, "x");
     T* ys = read<T>(y, pattern.n * d, rowptr, "y");
     const Exec exec = exec_for(x, threads);
-    T* work = read<T>(workspace, propagate_workspace_cpu(exec, recurrence, d), rowptr, "workspace");
+    T* work = read<T>(workspace, propagate_workspace(x, exec, recurrence, d), rowptr, "workspace");
     py::gil_scoped_release nogil;
+    if constexpr (cuda_code_built)
+      if (use_cuda_code(x)) return propagate_cuda(exec, recurrence, d, xs, ys, work);
     propagate_cpu(exec, recurrence, d, xs, ys, work);
   });
+}
+
+template <class T>
+int64_t propagate_gradients_workspace(const Tensor& x, const Exec& exec, const Recurrence<T>& recurrence, int64_t d) {
+  if constexpr (cuda_code_built)
+    if (use_cuda_code(x)) return propagate_gradients_workspace_cuda(exec, recurrence, d);
+  return propagate_gradients_workspace_cpu(exec, recurrence, d);
 }
 
 int64_t bind_propagate_gradients_workspace(const Tensor& rowptr, const Tensor& col, const Tensor& edge,
@@ -105,7 +126,7 @@ int64_t bind_propagate_gradients_workspace(const Tensor& rowptr, const Tensor& c
   const Pattern pattern = read_pattern(rowptr, col);
   return switch_float(x, "x", [&]<class T>(T) {
     const auto recurrence = read_recurrence<T>(pattern, rowptr, edge, diagonal, options);
-    return propagate_gradients_workspace_cpu(exec_for(x, threads), recurrence, columns_of(x, pattern));
+    return propagate_gradients_workspace(x, exec_for(x, threads), recurrence, columns_of(x, pattern));
   });
 }
 
@@ -125,8 +146,11 @@ void bind_propagate_gradients(const Tensor& rowptr, const Tensor& col, const Ten
       *diagonals = read<T>(results[1], pattern.n, rowptr, "diagonal gradient"),
       *out = read<T>(results[2], pattern.n * d, rowptr, "x gradient");
     const Exec exec = exec_for(x, threads);
-    T* work = read<T>(workspace, propagate_gradients_workspace_cpu(exec, recurrence, d), rowptr, "workspace");
+    T* work = read<T>(workspace, propagate_gradients_workspace(x, exec, recurrence, d), rowptr, "workspace");
     py::gil_scoped_release nogil;
+    if constexpr (cuda_code_built)
+      if (use_cuda_code(x))
+        return propagate_gradients_cuda(exec, recurrence, transpose, t_edge, d, xs, gs, edges, diagonals, out, work);
     propagate_gradients_cpu(exec, recurrence, transpose, t_edge, d, xs, gs, edges, diagonals, out, work);
   });
 }
@@ -137,6 +161,10 @@ void bind_dropout_mask(const Tensor& mask, int64_t step, double dropout, int64_t
     T* data = elements<T>(mask, "mask").data();
     const Exec exec = exec_for(mask, threads);
     py::gil_scoped_release nogil;
+    if constexpr (cuda_code_built)
+      if (use_cuda_code(mask))
+        return dropout_mask_cuda(exec, mask.shape[0], mask.shape[1], step, dropout, static_cast<uint64_t>(seed), data);
+    (void)use_cuda_code(mask);
     dropout_mask_cpu(exec, mask.shape[0], mask.shape[1], step, dropout, static_cast<uint64_t>(seed), data);
   });
 }

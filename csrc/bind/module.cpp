@@ -18,6 +18,7 @@ void bind_direction_net(py::module_& m);
 void bind_flexible_cg(py::module_& m);
 void bind_transport(py::module_& m);
 void bind_graph(py::module_& m);
+void bind_knn(py::module_& m);
 
 namespace {
 
@@ -84,6 +85,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
   bind_flexible_cg(m);
   bind_transport(m);
   bind_graph(m);
+  bind_knn(m);
 }
 
 }  // namespace kantor

@@ -5,10 +5,10 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <chrono>
 #include <exception>
 
 #include "bind/dispatch.h"
+#include "bind/signals.h"
 #include "bind/tensor_caster.h"
 #include "core/parallel.h"
 #include "transport/algorithm.h"
@@ -75,26 +75,6 @@ std::unique_ptr<Passes> make_passes(const CostArgs& args, int threads) {
     return make_passes_cpu<T>(exec, cost);
   });
 }
-
-// Every 10 ms: true when Python has a pending Ctrl-C. Other signals' exceptions go through.
-class SignalPoll {
- public:
-  bool operator()() {
-    if (interrupted_) return true;
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last_ < std::chrono::milliseconds(10)) return false;
-    last_ = now;
-    py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() == 0) return false;
-    if (!PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) throw py::error_already_set();
-    PyErr_Clear();
-    return interrupted_ = true;
-  }
-
- private:
-  bool interrupted_ = false;
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
 
 std::span<double> doubles(const Tensor& tensor, int64_t size, const char* name) {
   require_host(tensor, name);

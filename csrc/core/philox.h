@@ -15,9 +15,7 @@ struct Philox {
 // No branch and no table: a loop over counters that calls it vectorises, once the rounds are unrolled.
 KANTOR_HD Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-#if defined(__CUDACC__)
-#pragma unroll
-#else
+#if !defined(__CUDACC__)  // whose device half unrolls by itself
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

@@ -233,3 +233,16 @@ def transport_linear_solve(
     max_iterations: int,
     threads: int,
 ) -> tuple[int, float, int]: ...  # iterations, relative residual, directions of negative curvature
+
+# --- graph ---
+
+knn_largest_k: int  # on CUDA
+
+def knn_workspace_bytes(x: Tensor, k: int, threads: int) -> int: ...
+def knn(
+    x: Tensor,  # (n, d)
+    index: Tensor,  # (n, k) int32
+    distance: Tensor,  # (n, k)
+    workspace: Tensor,  # uint8
+    threads: int,
+) -> None: ...
