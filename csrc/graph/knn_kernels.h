@@ -1,4 +1,4 @@
-// Device side of knn.h, in four steps:
+// Device side of knn.h, in four steps, the last two in knn_rank_kernels.h:
 //   pack    rows less the mean of all rows, in panels that are read whole, and |c|^2 / 2 for each row c
 //   scan    a block takes a panel of queries through all panels of candidates, like a matrix product whose results
 //           never leave the registers: the larger the score <q, c> - |c|^2 / 2, the nearer is c. Scores above a query's
