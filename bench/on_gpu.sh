@@ -82,6 +82,7 @@ rm -f "$out/roofline.jsonl" "$out/cg.jsonl" # so that no old figure is taken for
 step roofline 45 "$python" bench/roofline.py --device cuda -o "$out/roofline.jsonl"
 step "pressure solves" 60 "$python" bench/linalg/bench_pressure_cuda.py
 step "direction networks" 60 "$python" bench/linalg/bench_direction_net_cuda.py
+step "graph kernels" 60 "$python" bench/graph/bench_graph_cuda.py
 step "capped conjugate gradients" 40 "$python" bench/linalg/bench_capped.py --device cuda --size 10000000
 left=$((limit - SECONDS - 15))
 step "conjugate gradients" 220 "$python" bench/run.py cg --device cuda --threads 1 --sizes 64 128 256 512 \

@@ -17,6 +17,7 @@ void bind_multigrid(py::module_& m);
 void bind_direction_net(py::module_& m);
 void bind_flexible_cg(py::module_& m);
 void bind_transport(py::module_& m);
+void bind_graph(py::module_& m);
 void bind_knn(py::module_& m);
 
 namespace {
@@ -83,6 +84,7 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
   bind_direction_net(m);
   bind_flexible_cg(m);
   bind_transport(m);
+  bind_graph(m);
   bind_knn(m);
 }
 

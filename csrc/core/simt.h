@@ -32,6 +32,16 @@ using Stream = void*;
 
 }  // namespace kantor::simt
 
+// Before a loop: its copies side by side, so that what it indexes can be in registers, or one copy only. The host
+// compiler decides for itself.
+#if defined(__CUDACC__)
+#define KANTOR_UNROLL _Pragma("unroll")
+#define KANTOR_KEEP_LOOP _Pragma("unroll 1")
+#else
+#define KANTOR_UNROLL
+#define KANTOR_KEEP_LOOP
+#endif
+
 #define SIMT_LAUNCH(...) ::kantor::simt::launch("SIMT_LAUNCH(" #__VA_ARGS__ ")", __VA_ARGS__)
 
 #if defined(__CUDACC__)

@@ -61,6 +61,12 @@ inline int sm_count(int device) {
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "sm_count");
   return count;
 }
+// Of one block, dynamic and static together.
+inline std::size_t shared_bytes_limit(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared_bytes_limit");
+  return static_cast<std::size_t>(bytes);
+}
 
 // Makes `device` current for the lifetime of the guard.
 class DeviceGuard {

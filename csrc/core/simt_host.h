@@ -265,6 +265,7 @@ inline void memset_async(void* to, int value, std::size_t bytes, Stream) {
 inline void synchronize(Stream) {}
 inline int device_count() { return 1; }
 inline int sm_count(int) { return 4; }
+inline std::size_t shared_bytes_limit(int) { return emulator::max_shared_bytes; }
 
 class DeviceGuard {
  public:

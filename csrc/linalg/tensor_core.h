@@ -7,16 +7,6 @@
 
 #include "core/simt.h"
 
-// Before a loop: its copies side by side, so that what it indexes can be in registers, or one copy only. The host
-// compiler decides for itself.
-#if defined(__CUDACC__)
-#define KANTOR_UNROLL _Pragma("unroll")
-#define KANTOR_KEEP_LOOP _Pragma("unroll 1")
-#else
-#define KANTOR_UNROLL
-#define KANTOR_KEEP_LOOP
-#endif
-
 namespace kantor {
 
 // n 32-bit words that are loaded and stored as one: n = 1, 2 or 4.

@@ -234,7 +234,43 @@ def transport_linear_solve(
     threads: int,
 ) -> tuple[int, float, int]: ...  # iterations, relative residual, directions of negative curvature
 
-# --- graph ---
+# --- graph: a pattern is rowptr (n + 1) and col (nnz), int32; x, y and g are (n, d) ---
+
+_Options: TypeAlias = tuple[int, float, float, int, bool]  # steps, teleport, dropout, seed, adjoint
+
+def product(rowptr: Tensor, col: Tensor, weight: Tensor, x: Tensor, y: Tensor, threads: int) -> None: ...
+def edge_dot(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, out: Tensor, threads: int) -> None: ...
+def propagate_workspace(
+    rowptr: Tensor, col: Tensor, edge: Tensor, diagonal: Tensor, x: Tensor, options: _Options, threads: int
+) -> int: ...  # elements
+def propagate(
+    rowptr: Tensor,  # of the transpose for an adjoint, and so edge
+    col: Tensor,
+    edge: Tensor,
+    diagonal: Tensor,
+    x: Tensor,
+    y: Tensor,
+    workspace: Tensor,
+    options: _Options,
+    threads: int,
+) -> None: ...
+def propagate_gradients_workspace(
+    rowptr: Tensor, col: Tensor, edge: Tensor, diagonal: Tensor, x: Tensor, options: _Options, threads: int
+) -> int: ...
+def propagate_gradients(
+    rowptr: Tensor,
+    col: Tensor,
+    edge: Tensor,
+    diagonal: Tensor,
+    transposed: tuple[Tensor, Tensor, Tensor],  # rowptr, col, edge
+    x: Tensor,
+    g: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],  # gradients for edge, diagonal, x
+    workspace: Tensor,
+    options: _Options,  # not adjoint
+    threads: int,
+) -> None: ...
+def dropout_mask(mask: Tensor, step: int, dropout: float, seed: int, threads: int) -> None: ...
 
 knn_largest_k: int  # on CUDA
 
