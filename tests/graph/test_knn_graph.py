@@ -202,6 +202,7 @@ def test_many_points_are_searched_approximately(
 ) -> None:
     x, calls = points(50, 2), []
     monkeypatch.setattr(knn_module, "_MANY", 50)
+    monkeypatch.setattr(knn_module, "_MANY_COORDINATES", 100)
     monkeypatch.setattr(
         _approximate, "_descend", lambda x, *_: calls.append(1) or np.tile(np.arange(len(x)), (len(x), 1))
     )
