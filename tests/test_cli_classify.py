@@ -169,6 +169,13 @@ LABEL_FILES = {
 }
 
 
+def test_a_last_label_may_be_empty(folder):
+    np.save("r.npy", np.zeros((3, 1)))
+    for text in ("a\nb\n", "a\nb\n\n"):
+        (folder / "l.txt").write_text(text)
+        assert read_problem(folder / "r.npy", "l.txt").labels == ["a", "b", None]
+
+
 @pytest.mark.parametrize("name", LABEL_FILES)
 def test_files_of_labels(folder, name):
     (folder / name).write_text(LABEL_FILES[name])

@@ -47,7 +47,7 @@ def host(tensor: Tensor) -> Tensor:
     with torch._C._DisableFuncTorch():
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
-        return tensor.detach().cpu().contiguous()
+        return tensor.detach().cpu().contiguous().resolve_neg()
 
 
 def host_array(tensor: Tensor) -> np.ndarray[Any, Any]:

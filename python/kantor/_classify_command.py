@@ -54,7 +54,7 @@ def classify(
     step: Annotated[
         float | None, typer.Option(help="Length of a diffusion step. Default: 0.7 of the largest stable one.")
     ] = None,
-    num_steps: Annotated[int | None, typer.Option(min=0, help="Number of diffusion steps. Default: 20.")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=0, help="Number of diffusion steps. Default: about 20.")] = None,
     id_column: Annotated[
         str | None, typer.Option("--id", metavar="COLUMN", help="Column that tells rows apart, and is no feature.")
     ] = None,

@@ -249,10 +249,14 @@ def _read_label_file(path: Path, count: int) -> pandas.DataFrame:
     if suffix not in (".csv", ".txt") or (suffix == ".csv" and _first_line(path)[1] > 1):
         return _read_table(path)
     try:
-        lines = [line.strip().strip('"') for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise BadInputError(f"{path}: not a readable {suffix} file: {error}") from error
-    lines = lines[1:] if len(lines) == count + 1 else lines
+    lines = [line.strip().strip('"') for line in text.splitlines()]
+    if len(lines) == count + 1:
+        lines = lines[1:]
+    elif len(lines) == count - 1 and text.endswith("\n"):
+        lines.append("")  # an empty label in the last row, its line not ended
     column = pandas.Series(lines, dtype=object).replace("", None)
     with suppress(ValueError):
         column = pandas.to_numeric(column)

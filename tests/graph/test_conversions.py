@@ -143,6 +143,14 @@ def test_integer_matrices_take_the_default_dtype() -> None:
         assert from_scipy(sp.csr_array(np.eye(3, dtype=dtype))).dtype is torch.get_default_dtype()
 
 
+def test_a_scipy_matrix_may_change_afterwards() -> None:
+    sp = pytest.importorskip("scipy.sparse")
+    for A in (sp.csr_array(np.eye(3)), sp.csc_array(np.eye(3)), sp.coo_array(np.eye(3)), sp.dia_array(np.eye(3))):
+        graph = from_scipy(A)
+        A.data[:] = 7.0
+        assert torch.equal(graph.dense(), torch.eye(3, dtype=F64))
+
+
 def test_values_of_a_torch_matrix_are_differentiable() -> None:
     values = torch.ones(5, dtype=F64, requires_grad=True)
     A = torch.sparse_coo_tensor(EDGES, values, (5, 5), check_invariants=True)
@@ -156,16 +164,25 @@ def test_values_of_a_torch_matrix_are_differentiable() -> None:
         (lambda sp: from_scipy(np.eye(3)), TypeError, r"from_scipy: A: expected a scipy sparse matrix, got ndarray"),
         (lambda sp: from_scipy(torch.eye(3)), TypeError, r"from_scipy: A: .* got Tensor; use from_torch"),
         (lambda sp: from_scipy(sp.csr_array((2, 3))), ValueError, r"from_scipy: A: expected a square matrix, got"),
-        (lambda sp: from_scipy(sp.csr_array(-np.eye(3))), ValueError, r"from_scipy: weight: entry 0 is -1.0; expected"),
-        (lambda sp: from_scipy(sp.csr_array(1j * np.eye(3))), TypeError, r"from_scipy: expected float32 or float64"),
+        (
+            lambda sp: from_scipy(sp.csr_array(-np.eye(3))),
+            ValueError,
+            r"from_scipy: A: weight: entry 0 is -1.0; expected",
+        ),
+        (lambda sp: from_scipy(sp.csr_array(1j * np.eye(3))), TypeError, r"from_scipy: A: expected float32 or float64"),
         (lambda sp: from_torch(sp.csr_array((3, 3))), TypeError, r"from_torch: A: expected a torch sparse CSR or COO"),
         (
             lambda sp: from_torch(torch.eye(3)),
             TypeError,
-            r"from_torch: expected a sparse CSR or COO tensor, got layout",
+            r"from_torch: A: expected a torch sparse CSR or COO tensor, got layout",
+        ),
+        (
+            lambda sp: from_torch(torch.eye(3).to_sparse_csc()),
+            TypeError,
+            r"from_torch: A: .* got layout torch.sparse_csc; call A.to_sparse_csr\(\)",
         ),
         (lambda sp: from_torch(torch.ones(2, 3).to_sparse()), ValueError, r"from_torch: A: expected a square matrix"),
-        (lambda sp: from_torch((-torch.eye(3)).to_sparse()), ValueError, r"from_torch: weight: entry 0 is -1.0"),
+        (lambda sp: from_torch((-torch.eye(3)).to_sparse()), ValueError, r"from_torch: A: weight: entry 0 is -1.0"),
         (lambda sp: from_torch((torch.nan * torch.eye(3)).to_sparse()), ValueError, r"from_torch: .*entry 0 is nan"),
     ],
 )
@@ -195,6 +212,9 @@ def test_networkx() -> None:
         from_networkx({0: [1]})
     with pytest.raises(ValueError, match=r"^from_networkx: edge_weight: entry 0 is -1.0"):
         from_networkx(nx.Graph([(0, 1, {"weight": -1.0})]))
+    for weight in (None, "heavy", 1j):
+        with pytest.raises(TypeError, match=r"^from_networkx: weight: expected a number in the attribute 'weight'"):
+            from_networkx(nx.Graph([(0, 1, {"weight": weight})]))
 
 
 # --- PyG ---
@@ -222,6 +242,18 @@ def test_pyg_normalisation() -> None:
     )
     ones = torch.ones(len(edges[0]), dtype=torch.int64)
     assert from_pyg(data.Data(edge_index=edges, edge_weight=ones, num_nodes=12)).dtype is F32
+    for other in (torch.float16, torch.bfloat16):
+        for edge_weight in (ones.to(other), None):
+            x = torch.zeros(12, 2, dtype=other)
+            assert from_pyg(data.Data(x=x, edge_index=edges, edge_weight=edge_weight)).dtype is F32
+
+
+def test_directed_pyg_is_the_transposed() -> None:
+    data = pytest.importorskip("torch_geometric.data")
+    conv = pytest.importorskip("torch_geometric.nn").SimpleConv(aggr="sum")
+    edges, x = torch.tensor([[0, 0, 1, 3], [1, 2, 2, 0]]), torch.rand(4, 2)
+    graph = from_pyg(data.Data(x=x, edge_index=edges), self_loops=False, normalize=None)
+    torch.testing.assert_close(graph.T.dense() @ x, conv(x, edges))
 
 
 def test_wrong_pyg() -> None:

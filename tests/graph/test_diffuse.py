@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kantor.graph import Graph, StabilityError, _spectrum, diffuse, stability
+from kantor.graph._chebyshev import _coefficients
 from similarities import (
     F32,
     F64,
@@ -138,6 +140,15 @@ def test_dropout_is_replayed_for_derivatives() -> None:
     torch.testing.assert_close((gradient * x).sum(), (weights * y).sum(), rtol=1e-12, atol=1e-12)
 
 
+def test_dropout_is_the_same_on_dense_weights() -> None:
+    weights, x = random_weights(9), normal(3, 9, 2)
+    for entry in (x, x[0]):
+        on_graph = diffuse(entry, as_graph(weights), 0.2, 4, dropout=0.5, seed=7)
+        torch.testing.assert_close(
+            diffuse(entry, weights, 0.2, 4, dropout=0.5, seed=7), on_graph, rtol=1e-12, atol=1e-12
+        )
+
+
 def test_dropout_keeps_the_mean_and_draws_from_the_default_generator() -> None:
     graph, x = as_graph(random_weights(8)), torch.ones(8, 4000, dtype=F64)
     torch.manual_seed(0)
@@ -239,6 +250,15 @@ def test_chebyshev_for_any_time(time: float) -> None:
     L = np.diag(weights.sum(1).numpy()) - weights.numpy()
     heat = torch.from_numpy(scipy.sparse.linalg.expm_multiply(-time * L, x.numpy()))
     assert error(diffuse(x, as_graph(weights), time, 1, method="chebyshev"), heat) < 1e-11
+
+
+@pytest.mark.parametrize("product", [0.0, 1.0, 1e8])
+def test_chebyshev_coefficients(product: float) -> None:
+    """At the ends of the interval ``exp(-product (1 - s))`` is 1 and ``exp(-2 product)``; no matrix of them is made."""
+    coefficients = _coefficients(product, 1.0, 1e-15)
+    assert len(coefficients) < 10 * math.sqrt(product) + 50
+    assert float(coefficients.sum()) == pytest.approx(1, abs=1e-12)
+    assert float(coefficients[::2].sum() - coefficients[1::2].sum()) == pytest.approx(math.exp(-2 * product), abs=1e-12)
 
 
 def test_implicit_equals_a_sparse_solve() -> None:
@@ -352,6 +372,33 @@ def test_vmap_and_compile() -> None:
     torch.testing.assert_close(compiled(x[0]), expected[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_keeps_nothing_of_a_transform(method: Any) -> None:
+    """What is first made inside torch.func or inference mode is kept with the graph, and must serve afterwards."""
+    graph, x = as_graph(random_weights(8)), normal(8, 2)
+
+    def total(y: Tensor) -> Tensor:
+        return diffuse(y, graph, 0.2, 3, method=method).sum()
+
+    torch.func.grad(total)(x)
+    assert pickle.loads(pickle.dumps(graph)).num_nodes == 8  # a dead tensor of a transform would not be pickled
+    graph = as_graph(random_weights(8))
+    with torch.inference_mode():
+        total(x)
+    (gradient,) = torch.autograd.grad(total(x.requires_grad_()), x)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@FORMS
+def test_autocast_does_not_round(form: Callable[[Tensor], Any], method: Any) -> None:
+    graph, x = form(random_weights(12).to(F32)), normal(12, 3, dtype=F32)
+    expected = diffuse(x, graph, 0.3, 9, method=method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(diffuse(x, graph, 0.3, 9, method=method), expected)
+        assert diffuse(x.bfloat16(), graph, 0.3, 9, method=method).dtype == F32
+
+
 # --- errors ---
 
 G, X = as_graph(random_weights(5)), normal(5, 2)
@@ -380,6 +427,12 @@ CALLS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, r"diffuse: step: .*got inf", lambda: diffuse(X, G, torch.tensor(INF), 1)),
     (ValueError, r"diffuse: step: expected one number", lambda: diffuse(X, G, torch.ones(2), 1)),
     (TypeError, r"diffuse: step: expected a number, got str", lambda: diffuse(X, G, "0.1", 1)),
+    (TypeError, r"diffuse: step: expected a number, got ndarray", lambda: diffuse(X, G, np.ones(2), 1)),
+    (ValueError, r"diffuse: step is on meta, the graph on cpu",
+     lambda: diffuse(X, G, torch.tensor(0.1, device="meta"), 1)),
+    (ValueError, r"diffuse: num_steps: .*got tensor\(2\.5", lambda: diffuse(X, G, 0.1, torch.tensor(2.5))),
+    (ValueError, r"diffuse: seed: expected an integer >= 0, got 1\.5", lambda: diffuse(X, G, 0.1, 1, seed=1.5)),
+    (ValueError, r"diffuse: seed: .*below 2\*\*63", lambda: diffuse(X, G, 0.1, 1, seed=2**63)),
     (TypeError, r"diffuse: step: expected dtype", lambda: diffuse(X, G, torch.tensor(1), 1)),
     (ValueError, r"diffuse: num_steps: expected an integer >= 0, got -1", lambda: diffuse(X, G, 0.1, -1)),
     (ValueError, r"diffuse: num_steps: expected an integer >= 0, got 1\.5", lambda: diffuse(X, G, 0.1, 1.5)),

@@ -89,6 +89,7 @@ def test_no_nodes_and_no_edges() -> None:
         assert graph.lambda_max() == graph.lambda_max_bound() == 0.0
         assert graph.components()[0] == n
         assert graph.laplacian().dense().shape == (n, n)
+        assert graph.reorder()[1].tolist() == list(range(n))[::-1]
         for other in (graph.T, graph.normalized(), graph.symmetrized(), graph.subgraph(torch.arange(n))):
             assert other.dense().tolist() == graph.dense().tolist()
         assert graph.largest_component()[0].num_nodes == min(n, 1)
@@ -135,6 +136,51 @@ def test_what_is_kept_follows_the_weights() -> None:
     assert not trained.symmetric
     with torch.inference_mode():
         assert build().symmetric
+    assert pickle.loads(pickle.dumps(graph))._of_weight == copy.deepcopy(graph)._of_weight == {}
+
+
+def test_a_compiler_does_not_take_what_was_known_before_a_gradient_was_wanted() -> None:
+    graph = build()
+    assert not graph.degree.requires_grad
+    graph.weight.requires_grad_()
+    assert torch.compile(lambda x: x * graph.degree, backend="eager", fullgraph=True)(torch.ones(3)).requires_grad
+
+
+def test_a_graph_of_inference_mode_can_be_trained_on() -> None:
+    with torch.inference_mode():
+        graphs = [build(), build().normalized(), build().with_weight(torch.ones(4, dtype=F64)), build().symmetrized()]
+    scale = torch.ones(4, dtype=F64, requires_grad=True)
+    for graph in graphs:
+        (gradient,) = torch.autograd.grad((scale * graph.weight).sum(), scale)
+        assert torch.equal(gradient, graph.weight)
+
+
+def test_scipy_matrices_do_not_share_memory() -> None:
+    pytest.importorskip("scipy.sparse")
+    graph = build()
+    graph.to_scipy().data[:] = 7.0
+    assert graph.weight.tolist() == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_lazy_negation() -> None:
+    weight = torch._neg_view(torch.tensor([-1.0, -1.0, -2.0, -2.0], dtype=F64))
+    graph = Graph(build().rowptr, build().col, weight)
+    assert graph.symmetric
+    assert graph.lambda_max() == build().lambda_max()
+
+
+# --- weights of any size ---
+
+
+def test_weights_at_the_ends_of_the_range() -> None:
+    huge, tiny = build(weight=(3e38,) * 4).to(F32), build(weight=(1e-45,) * 4).to(F32)
+    assert torch.equal(huge.symmetrized().weight, huge.weight)
+    for kind in ("sym", "row"):
+        assert tiny.normalized(kind).weight.isfinite().all()  # type: ignore[arg-type]
+    for scale in (1e-200, 1e200):
+        graph = build(weight=(scale,) * 4)
+        assert graph.lambda_max() == pytest.approx(3 * scale)
+        assert graph.lambda_max_bound() == pytest.approx(3 * scale)
 
 
 # --- what is refused ---
@@ -161,6 +207,11 @@ def test_what_is_kept_follows_the_weights() -> None:
 def test_corrupt_structure(changes: Any, match: str) -> None:
     with pytest.raises(ValueError, match=rf"^Graph: {match}"):
         build(**changes)
+
+
+def test_duplicates_may_not_overflow() -> None:
+    with pytest.raises(ValueError, match=r"^Graph: weight: sums of duplicate entries: expected finite values, got inf"):
+        Graph(torch.tensor([0, 2]), torch.tensor([0, 0]), torch.tensor([3e38, 3e38]))
 
 
 def test_negative_duplicates_do_not_hide() -> None:
@@ -205,6 +256,13 @@ def test_wrong_types() -> None:
         (lambda g: g.subgraph([0, 1]), TypeError, r"subgraph: nodes: expected a torch.Tensor, got list"),
         (lambda g: g.permute(torch.tensor([1, 0])), ValueError, r"permute: order: expected all 3 nodes, got 2"),
         (lambda g: Graph.block_diagonal([]), ValueError, r"block_diagonal: graphs: expected at least one graph"),
+        (lambda g: Graph.block_diagonal([g, 3]), TypeError, r"block_diagonal: graphs: expected graphs, got int at 1"),
+        (lambda g: Graph.block_diagonal([g, g.to(F32)]), TypeError, r"block_diagonal: graphs\[0\] is float64, graphs"),
+        (lambda g: g.with_self_loops(-1.0), ValueError, r"with_self_loops: weight: expected a finite number >= 0"),
+        (lambda g: g.with_self_loops(float("nan")), ValueError, r"with_self_loops: weight: expected a finite number"),
+        (lambda g: g.with_self_loops("1"), TypeError, r"with_self_loops: weight: expected a number, got str"),
+        (lambda g: g.subgraph(torch.ones(2).bool()), TypeError, r"subgraph: nodes: .* or a mask \(3,\), got bool"),
+        (lambda g: g.subgraph(torch.ones(1).int().to("meta")), ValueError, r"subgraph: nodes is on meta, the graph"),
     ],
 )
 def test_wrong_arguments(call: Any, error: type[Exception], match: str) -> None:
@@ -392,7 +450,7 @@ def test_reorder_brings_neighbours_together() -> None:
 
 def test_block_diagonal() -> None:
     parts = [random_weights(n, 0.5, n, symmetric=False) for n in (3, 1, 4)]
-    together = Graph.block_diagonal([graph_of(part) for part in parts])
+    together = Graph.block_diagonal(graph_of(part) for part in parts)
     assert torch.equal(together.dense(), torch.block_diag(*parts))
 
 
@@ -419,7 +477,10 @@ def test_plot() -> None:
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["unknown", "a", "b"]
     assert sum(len(points.get_offsets()) for points in ax.collections[1:]) == 30
     assert graph.plot(x[:, :2], torch.arange(30) % 3 - 1, ax=ax) is ax
-    np.testing.assert_allclose(graph.plot(x[:, :2]).collections[-1].get_offsets(), x[:, :2])
+    for plane in (x[:, :2], x[:, :2].numpy()):
+        np.testing.assert_allclose(graph.plot(plane).collections[-1].get_offsets(), x[:, :2])
+    with pytest.raises(ValueError, match=r"Graph.plot: positions: expected finite values, got nan"):
+        graph.plot(x * torch.nan)
     with pytest.raises(ValueError, match=r"Graph.plot: positions: expected shape \(30, d\) with d >= 2, got \(30, 1\)"):
         graph.plot(x[:, :1])
     with pytest.raises(ValueError, match=r"Graph.plot: labels: expected 30 labels, one a node, got 3"):

@@ -96,6 +96,24 @@ def test_no_convergence_warns_and_says_so() -> None:
     assert "no" in repr(info)
 
 
+def test_transforms_over_weights_and_time_are_not_judged() -> None:
+    weights, u = random_weights(8), normal(8, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        together = torch.func.vmap(lambda W: implicit_diffuse(u, W, 2.0)[0])(torch.stack([weights, weights / 2]))
+        times = torch.func.vmap(lambda t: implicit_diffuse(u, as_graph(weights), t)[0])(
+            torch.tensor([2.0, 1.0]).double()
+        )
+    assert error(together[1], solved(u, weights, 1.0)) < 1e-8
+    torch.testing.assert_close(times, together, rtol=1e-8, atol=1e-8)
+
+
+def test_compile() -> None:
+    graph, u = as_graph(random_weights(8)), normal(8, 2)
+    compiled = torch.compile(lambda u: implicit_diffuse(u, graph, 2.0)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(u), implicit_diffuse(u, graph, 2.0)[0], rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_to_do() -> None:
     nothing = Graph(torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=F64))
     with warnings.catch_warnings():
@@ -121,8 +139,11 @@ CALLS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, r"implicit_diffuse: num_steps: expected an integer >= 1, got 0", lambda: implicit_diffuse(U, G, 1, 0)),
     (ValueError, r"implicit_diffuse: graph: expected symmetric weights for conjugate gradients, got W != W\.T; symm",
      lambda: implicit_diffuse(U, as_graph(torch.triu(W)), 1.0)),
-    (ValueError, r"rtol", lambda: implicit_diffuse(U, G, 1.0, rtol=-1.0)),
-    (ValueError, r"maxiter", lambda: implicit_diffuse(U, G, 1.0, maxiter=-1)),
+    (ValueError, r"implicit_diffuse: u: expected finite values, got nan at \(0, 0\)",
+     lambda: implicit_diffuse(U * math.nan, G, 1.0)),
+    (ValueError, r"implicit_diffuse: rtol: expected", lambda: implicit_diffuse(U, G, 1.0, rtol=-1.0)),
+    (ValueError, r"implicit_diffuse: atol: expected", lambda: implicit_diffuse(U, G, 1.0, atol=math.nan)),
+    (ValueError, r"implicit_diffuse: maxiter: expected", lambda: implicit_diffuse(U, G, 1.0, maxiter=-1)),
 ]  # fmt: skip
 
 

@@ -150,6 +150,14 @@ def test_duplicates(dtype: torch.dtype, weights: Any) -> None:
         assert float(graph.degree.min()) > 0
 
 
+def test_distances_and_widths_below_the_range() -> None:
+    x = points(10, 3, F32).repeat(6, 1) * 1e-42
+    for weights in ("self_tuning", "gaussian", "binary", "distance"):
+        assert knn_graph(x, 8, weights=weights).weight.isfinite().all()  # type: ignore[arg-type]
+    x = points(10, 3, F32).repeat(2, 1)
+    assert torch.equal(knn_graph(x, 2, weights="gaussian", sigma=1e-50).weight, torch.full((40,), 0.5))
+
+
 def test_rows_of_many_duplicates_stay_empty(caplog: pytest.LogCaptureFixture) -> None:
     x = points(20, 2)
     x[:6] = 0.0
@@ -254,7 +262,9 @@ def test_pynndescent(size: str) -> None:
         (torch.ones(9, 2), {"k": 0}, ValueError, r"k: expected an integer >= 1, got 0"),
         (torch.ones(9, 2), {"k": 2.5}, ValueError, r"k: expected an integer >= 1, got 2.5"),
         (torch.ones(9, 2), {"k": 9}, ValueError, r"k: expected 1\.\.8, fewer than the 9 points, got 9"),
-        (torch.ones(0, 2), {}, ValueError, r"k: expected 1\.\.-1, fewer than the 0 points, got 7"),
+        (torch.ones(0, 2), {}, ValueError, r"x: expected at least two points, got shape \(0, 2\)"),
+        (torch.ones(1, 2), {"k": 1}, ValueError, r"x: expected at least two points, got shape \(1, 2\)"),
+        (torch.ones(9, 2), {"sigma": "1"}, TypeError, r"sigma: expected a number, got str"),
         (torch.ones(9, 2), {"bandwidth_k": 0}, ValueError, r"bandwidth_k: expected an integer >= 1, got 0"),
         (torch.ones(9, 2), {"bandwidth_k": 10}, ValueError, r"bandwidth_k: expected 1\.\.9, at most the number of"),
         (torch.ones(9, 2), {"sigma": 0.0}, ValueError, r"sigma: expected a positive number, got 0.0"),

@@ -63,6 +63,7 @@ def test_errors() -> None:
         (ValueError, r"propagator: step: expected", lambda: propagator(W, -0.1, 1)),
         (ValueError, r"propagator: num_steps: expected", lambda: propagator(W, 0.1, -1)),
         (TypeError, r"propagator: rows: expected a vector of integers", lambda: propagator(W, 0.1, 1, torch.ones(2))),
+        (TypeError, r"propagator: rows: .*mask\.nonzero", lambda: propagator(W, 0.1, 1, torch.ones(5) > 0)),
         (IndexError, r"propagator: rows: expected 0\.\.4, got 0\.\.5", lambda: propagator(W, 0.1, 1, torch.arange(6))),
     ):
         with pytest.raises(kind, match=message):

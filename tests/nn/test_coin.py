@@ -166,6 +166,18 @@ def test_other_heads(head: Any, f: Callable[[Tensor], Tensor], hidden: int) -> N
     torch.testing.assert_close(model(x, graph_of(W)), numpy_steps(W, 0.5, 8) @ u, rtol=1e-12, atol=1e-12)
 
 
+def test_the_smallest_eps_has_a_logarithm() -> None:
+    u = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert OutputDiffusion(0.6, 1, eps=1e-60).log_prob(u, star(2).float()).isfinite().all()
+
+
+def test_a_safe_step_is_called_safe() -> None:
+    """The random walk is positive up to step 1, not up to 0.9999."""
+    W, u = weights(20), normal(20, 3).softmax(1)
+    with pytest.raises(StabilityError, match=r"expected at most 1, .*more num_steps, or pass stability"):
+        OutputDiffusion(1.5, 2, positivity="row")(u, graph_of(W))
+
+
 def test_own_base() -> None:
     W, x = weights(20), normal(20, 5)
     base = nn.Linear(5, 4).double()
@@ -268,6 +280,13 @@ def test_dropout_in_training_only() -> None:
 # --- errors ---
 
 X, G = normal(9, 4), graph_of(weights(9))
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
 CALLS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, r"OutputDiffusion: step: expected", lambda: OutputDiffusion(-0.1, 1)),
     (ValueError, r"OutputDiffusion: num_steps: expected", lambda: OutputDiffusion(0.1, -1)),
@@ -283,6 +302,9 @@ CALLS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, r"COIN: hidden: expected an integer >= 1", lambda: COIN(4, 2, 0.1, 1, hidden=0)),
     (ValueError, r"COIN: hidden: expected None beside", lambda: COIN(4, 2, 0.1, 1, hidden=3, base=nn.Linear(4, 2))),
     (TypeError, r"COIN: base: expected a torch\.nn\.Module, got type", lambda: COIN(4, 2, 0.1, 1, base=nn.Linear)),
+    (ValueError, r"COIN: base: expected it to return scores \(n, 2\), .*got \(9, 3\)",
+     lambda: COIN(4, 2, 0.1, 1, base=nn.Linear(4, 3).double())(X, G)),
+    (TypeError, r"COIN: base: expected it to return a tensor", lambda: COIN(4, 2, 0.1, 1, base=Pair())(X, G)),
     (ValueError, r"COIN\.log_prob: head: expected 'softmax' or 'sigmoid'",
      lambda: COIN(4, 2, 0.1, 1, head="linear").double().log_prob(X, G)),
     (StabilityError, r"diffuse: step: .*got 3", lambda: COIN(4, 2, 3.0, 1).double()(X, G)),

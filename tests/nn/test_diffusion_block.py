@@ -176,10 +176,19 @@ def test_state_dict_and_copies() -> None:
         assert torch.equal(model(x, graph), other(x, graph))
 
 
+def test_autocast() -> None:
+    model, x, graph = DiffResNet(4, 2, 0.3, 4), points(6, 4), ring(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = model(x, graph)
+    torch.testing.assert_close(scores, model(x, graph), rtol=0.05, atol=0.05)
+    scores.sum().backward()
+
+
 def test_prints() -> None:
     assert repr(DiffusionBlock(0.25, 20, dropout=0.25)) == "DiffusionBlock(step=0.25, num_steps=20, dropout=0.25)"
     learned = repr(DiffusionBlock(0.25, 20, True, method="implicit", stability="warn"))
     assert learned == "DiffusionBlock(step=0.25 (learned), num_steps=20, method='implicit', stability='warn')"
+    assert "step=(learned)" in repr(DiffusionBlock(0.25, 20, learn_step=True).to("meta"))
     assert "teleport=0.1" in repr(DiffusionBlock(0.25, 20, teleport=0.1))
     assert "DiffusionBlock(step=0.25, num_steps=20)" in repr(DiffResNet(4, 2, 0.25, 20))
 
@@ -199,6 +208,8 @@ CALLS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, r"DiffusionBlock: step: expected a finite number >= 0, got -1", lambda: DiffusionBlock(-1.0, 2)),
     (ValueError, r"DiffusionBlock: step: .*nan", lambda: DiffusionBlock(math.nan, 2)),
     (TypeError, r"DiffusionBlock: step: expected a number, got NoneType", lambda: DiffusionBlock(None, 2)),
+    (TypeError, r"DiffusionBlock: step: .*use learn_step=True",
+     lambda: DiffusionBlock(nn.Parameter(torch.tensor(0.1)), 2)),
     (ValueError, r"DiffusionBlock: step: expected a number > 0 with learn_step", lambda: DiffusionBlock(0.0, 2, True)),
     (ValueError, r"DiffusionBlock: num_steps: expected an integer >= 0, got 2\.5", lambda: DiffusionBlock(0.1, 2.5)),
     (ValueError, r"DiffusionBlock: dropout: expected", lambda: DiffusionBlock(0.1, 2, dropout=1.0)),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clusters import clusters, graph_of
 from kantor import ConvergenceError
 from kantor.nn import COIN, DiffResNet, FitInfo, FitResult, FitStatus, fit_nodes, split_per_class
+from kantor.nn._residual import ResidualBlock
 
 X, LABELS = clusters(90)
 GRAPH = graph_of(X)
@@ -165,6 +166,15 @@ def test_sparse_features_give_the_same() -> None:
     dense = fit_nodes(network(), x, GRAPH, LABELS, SPLIT.train, max_epochs=5)
     sparse = fit_nodes(network(), x.to_sparse_csr(), GRAPH, LABELS, SPLIT.train, max_epochs=5)
     torch.testing.assert_close(dense.probabilities, sparse.probabilities, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [None, 6])
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_the_classifier_before_the_sum_is_the_classifier_after_it(hidden: int | None, layout: str) -> None:
+    torch.manual_seed(0)
+    block, weight = ResidualBlock(4, hidden), torch.randn(3, 4)
+    x = X if layout == "dense" else X.to_sparse_csr()
+    torch.testing.assert_close(block.projected(x, weight), block(x) @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_are_indices() -> None:

@@ -1,6 +1,7 @@
 """Problems and small data that tests, benchmarks, documentation and demo share."""
 
 from kantor.datasets import poisson_scenes
+from kantor.datasets.few_labels import four_discs, heat_snapshots, read_citation_graph, two_moons
 from kantor.datasets.minimization import MinimizationProblem, minimization_problems
 from kantor.datasets.transport import (
     colour_clouds,
@@ -17,6 +18,8 @@ __all__ = [
     "MinimizationProblem",
     "colour_clouds",
     "digit_clouds",
+    "four_discs",
+    "heat_snapshots",
     "image_pair_l1",
     "image_pair_l2",
     "minimization_problems",
@@ -24,5 +27,7 @@ __all__ = [
     "point_clouds",
     "poisson_scenes",
     "random_assignment",
+    "read_citation_graph",
     "transport_problems",
+    "two_moons",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,10 @@ Similarity = Graph | Tensor
 
 
 def check_points(call: str, x: object, name: str = "x") -> Tensor:
-    """Return x if it is ``(n, d)`` or ``(B, n, d)``, float32 or float64."""
+    """Return x if it is ``(n, d)`` or ``(B, n, d)``, float32 or float64; autocast's halves as float32."""
     points = check_tensor(x, call, name)
+    if points.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(points.device.type):
+        points = points.float()  # as torch does with its operators that want full precision
     if points.ndim not in (2, 3):
         raise TypeError(
             f"{call}: {name}: expected shape (n, d) or (B, n, d), got {tuple(points.shape)}; a single column is "
@@ -63,18 +66,25 @@ def check_fit(call: str, x: Tensor, graph: Similarity, name: str = "x") -> None:
         )
 
 
-def check_step(call: str, step: object, name: str = "step") -> float | Tensor:
-    """Return the step, nonnegative and finite: a float, or a tensor without dimensions."""
+def check_step(call: str, step: object, name: str = "step", like: Similarity | None = None) -> float | Tensor:
+    """Return the step, nonnegative and finite: a float, or a tensor without dimensions, of use beside `like`."""
     if isinstance(step, Tensor):
         check_float(step, call, name)
         if step.numel() != 1:
             raise ValueError(f"{call}: {name}: expected one number, got shape {tuple(step.shape)}")
         step = step.reshape(())
+        if like is not None and step.device != like.device and step.device.type != "cpu":
+            raise ValueError(
+                f"{call}: {name} is on {step.device}, the graph on {like.device}; move one with .to(device)"
+            )
         if not is_readable(step):
             return step
     elif isinstance(step, bool) or not hasattr(step, "__float__"):
         raise TypeError(f"{call}: {name}: expected a number, got {type(step).__name__}")
-    value = float(step.detach() if isinstance(step, Tensor) else step)
+    try:
+        value = float(step.detach() if isinstance(step, Tensor) else step)
+    except TypeError as error:  # arrays of several numbers
+        raise TypeError(f"{call}: {name}: expected a number, got {type(step).__name__}") from error
     if not (0 <= value < math.inf):
         raise ValueError(f"{call}: {name}: expected a finite number >= 0, got {value}")
     return step if isinstance(step, Tensor) else value
@@ -82,9 +92,13 @@ def check_step(call: str, step: object, name: str = "step") -> float | Tensor:
 
 def check_count(call: str, value: object, name: str = "num_steps", least: int = 0) -> int:
     """Return an integer >= `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
+    try:
+        count = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = least - 1
+    if count < least:
         raise ValueError(f"{call}: {name}: expected an integer >= {least}, got {value!r}")
-    return int(value.__index__())
+    return count
 
 
 def check_fraction(call: str, value: object, name: str) -> float:

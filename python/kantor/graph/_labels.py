@@ -123,8 +123,8 @@ def read_features(x: Any) -> Tensor:
     if points.ndim != 2 or 0 in points.shape:
         hint = "; a single feature is x[:, None]" if points.ndim == 1 else ""
         raise ValueError(f"classify: x: expected shape (n, d), one row a point, got {tuple(points.shape)}{hint}")
-    if not isinstance(x, Tensor) and bool(points.isfinite().all()):
-        points = points.float()
+    if not isinstance(x, Tensor) and bool((single := points.float()).isfinite().all()):
+        points = single
     finite = torch.isfinite(points)
     if not bool(finite.all()):
         row, column = (int(i) for i in (~finite).nonzero()[0])

@@ -6,8 +6,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from kantor._checks import host_array
+from kantor._checks import check_finite, check_tensor, host_array
 from kantor.plotting import new_axes
 
 if TYPE_CHECKING:
@@ -21,9 +22,14 @@ _SINGLE = "#0b5c8a"
 _LAID_OUT = 16, 5000  # numbers of nodes for which t-SNE is worth its seconds
 
 
-def plot_graph(graph: Graph, positions: Tensor | None, labels: Any, ax: Axes | None, edges: int) -> Axes:
+def plot_graph(
+    graph: Graph, positions: Tensor | np.ndarray[Any, Any] | None, labels: Any, ax: Axes | None, edges: int
+) -> Axes:
     """Draw a graph; see :meth:`kantor.graph.Graph.plot`."""
     n = graph.num_nodes
+    if positions is not None:
+        positions = check_tensor(torch.as_tensor(positions), "Graph.plot", "positions")
+        check_finite(positions, "Graph.plot", "positions")
     if positions is not None and (positions.ndim != 2 or positions.shape[0] != n or positions.shape[1] < 2):
         raise ValueError(
             f"Graph.plot: positions: expected shape ({n}, d) with d >= 2, got {tuple(positions.shape)}; one row a node"

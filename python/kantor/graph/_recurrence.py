@@ -20,7 +20,7 @@ def explicit_step(graph: Similarity, step: float | Tensor) -> tuple[Tensor, Tens
     latest: dict[float, tuple[Tensor, Tensor]] = graph._once(graph._of_weight, "explicit_step", dict)
     parts = latest.get(step)
     if parts is None:
-        with torch.inference_mode(False):  # whoever makes it, others may want derivatives
+        with graph._lasting():
             parts = _make_step(graph, step)
         latest.clear()
         latest[step] = parts
@@ -61,14 +61,24 @@ def recurrence(
             )
 
         return on_columns(x, propagate)
-    generator = torch.Generator(x.device).manual_seed(seed) if dropout else None
     y = x
-    for _ in range(num_steps):
-        if dropout:
-            y = y * (torch.rand(y.shape, generator=generator, device=y.device) >= dropout) / (1 - dropout)
-        y = torch.addcmul(edge @ y, diagonal[..., None], y)
-        y = y + teleport * x if teleport else y
+    with full_precision(x):
+        for k in range(num_steps):
+            if dropout:
+                y = y * _dropout_mask(y, k, dropout, seed)
+            y = torch.addcmul(edge @ y, diagonal[..., None], y)
+            y = y + teleport * x if teleport else y
     return y
+
+
+def _dropout_mask(y: Tensor, step: int, dropout: float, seed: int) -> Tensor:
+    """The mask that the graph's recurrence has, so that a graph and its dense weights drop the same entries."""
+    return on_columns(y.detach(), lambda columns: _native.dropout_mask(columns, step, dropout, seed))
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Matrix products in the dtype of their arguments, whatever autocast wants: errors of many steps add up."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def row_sums(graph: Similarity, values: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ def upper_bound(rowptr: Tensor, col: Tensor, weight: Tensor, degree: Tensor) -> 
     """
     if degree.numel() == 0:
         return 0.0
-    reached = product(rowptr, col, weight, degree[:, None])[:, 0]
-    mean = torch.where(degree > 0, reached / torch.where(degree > 0, degree, 1), 0)
+    share = degree / degree.max().clamp(min=torch.finfo(degree.dtype).tiny)
+    reached = product(rowptr, col, weight, share[:, None])[:, 0]
+    mean = torch.where(share > 0, reached / torch.where(share > 0, share, 1), 0)
     return float((degree + mean).max())
 
 
@@ -34,8 +35,10 @@ def largest_eigenvalue(rowptr: Tensor, col: Tensor, weight: Tensor, degree: Tens
     n = degree.numel()
     if n == 0 or not bool((degree > 0).any()):
         return 0.0
+    scale = float(degree.max())
+    weight, degree = weight / scale, degree / scale  # the squares of any weights are in range then
     random = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(degree.device)
-    v, before, beta = random * (degree / degree.max()).square().clamp(min=1e-2), torch.zeros_like(random), 0.0
+    v, before, beta = random * degree.square().clamp(min=1e-2), torch.zeros_like(random), 0.0
     v /= v.norm()
     alphas: list[float] = []
     betas: list[float] = []
@@ -53,4 +56,4 @@ def largest_eigenvalue(rowptr: Tensor, col: Tensor, weight: Tensor, degree: Tens
             break
         betas.append(beta)
         before, v = v, w / beta
-    return max(estimates[-1], float(degree.max()))  # L_ii is a Rayleigh quotient too
+    return scale * max(estimates[-1], 1.0)  # L_ii is a Rayleigh quotient too

@@ -26,13 +26,18 @@ def check_types(rowptr: Tensor, col: Tensor, weight: Tensor) -> None:
         raise ValueError("Graph: rowptr: expected n + 1 entries for n nodes, got none")
     if col.numel() != weight.numel():
         raise ValueError(f"Graph: col has {col.numel()} entries, weight {weight.numel()}; they must match")
+    check_size(col)
+
+
+def check_size(col: Tensor) -> None:
+    """Raise where int32 cannot count the entries."""
     if col.numel() >= 2**31 - 64:
         raise ValueError(f"Graph: col: expected fewer than 2^31 entries, got {col.numel()}; split the graph")
 
 
 def narrow(name: str, index: Tensor) -> Tensor:
     """Return indices as contiguous int32; raise where they do not fit."""
-    if index.dtype != torch.int32 and index.numel() and is_readable(index):
+    if index.dtype != torch.int32 and index.numel() and is_readable(index) and not index.is_meta:
         low, high = int(index.min()), int(index.max())
         if not -(2**31) <= low <= high < 2**31:
             raise ValueError(f"Graph: {name}: {high if high >= 2**31 else low} is out of range")

@@ -17,7 +17,7 @@ def self_tuning(distance: Tensor, k: int, bandwidth_k: int) -> tuple[Tensor, Ten
     positive = distance[distance > 0]
     # A scale of zero, from duplicates, becomes a small share of the median distance; without any distance, one.
     tiny = 1e-6 if distance.dtype is torch.float64 else 1e-4
-    floor = tiny * float(positive.median()) if positive.numel() else 1.0
+    floor = max(tiny * float(positive.median()), torch.finfo(distance.dtype).tiny) if positive.numel() else 1.0
     return torch.exp(-(distance / _scale(distance, bandwidth_k).clamp(min=floor)[:, None]).square()), kept
 
 
@@ -25,7 +25,7 @@ def gaussian(distance: Tensor, bandwidth_k: int, sigma: float | None) -> Tensor:
     """``exp(-(d_ij / sigma)^2)``, with the median scale of the points where sigma is None."""
     if sigma is None:
         sigma = float(_scale(distance, bandwidth_k).median())
-    if sigma == 0:  # so many duplicates: they alone are near
+    if sigma < torch.finfo(distance.dtype).tiny:  # so many duplicates: they alone are near
         return (distance == 0).to(distance.dtype)
     return torch.exp(-(distance / sigma).square())
 

@@ -26,8 +26,10 @@ Method = Literal["diffusion", "coin", "label_spreading", "no_diffusion"]
 Scale = Literal["auto", "columns", "together", "rows", "none"]
 
 _NEIGHBOURS = 10
-_NUM_STEPS = 20
+_REACH, _REACH_GIVEN = 12.0, 3.0  # step * num_steps * mean rate, on nearest neighbours and on a given graph
+_MOST_STEPS = 200
 _SAFE_SHARE = 0.7  # of the largest stable step
+_WITHOUT_STEP: dict[Method, float] = {"no_diffusion": 0.0, "label_spreading": 1.0}
 _SPREADING_TELEPORT = 0.2
 _SPREADING_RTOL = 1e-6
 _HIDDEN = 64
@@ -76,7 +78,9 @@ def classify(
     step : float, optional
         Length of a diffusion step. Default: 0.7 of the largest stable one on the graph. Label spreading has no step.
     num_steps : int, optional
-        Default: 20; of label spreading as many as leave an error of 1e-6. More steps carry further.
+        More carry further, and mix more. Default: about 20, so that ``step num_steps`` times the mean of
+        ``D_ii - W_ii`` is 12; 3 on a graph of your own, whose edges join different classes more often. Of label
+        spreading as many as leave an error of 1e-6.
     teleport : float, optional
         Share of its first value that every point gets back in every step. Default: 0, with label spreading 0.2.
     scale : "auto", "columns", "together", "rows" or "none"
@@ -149,27 +153,24 @@ def classify(
     known = read_labels(labels, n)
     if features is not None:
         features = scaled(features, scale)
+    made = graph is None
     if graph is None:
         assert features is not None
         graph = _neighbours(features, k, progress)
     elif features is not None:
-        if features.device != graph.device:
-            raise ValueError(f"classify: x is on {features.device}, graph on {graph.device}; move one with .to(device)")
-        features = features.to(graph.dtype)
+        if isinstance(x, Tensor) and x.device != graph.device:
+            raise ValueError(f"classify: x is on {x.device}, graph on {graph.device}; move one with .to(device)")
+        features = features.to(graph.device, graph.dtype)
     if graph.num_nodes != n:
         raise ValueError(f"classify: graph: expected {n} nodes, one a row of x, got {graph.num_nodes}")
     numbers = known.numbers.to(graph.device)
-    problem = _Problem(
-        features,
-        graph,
-        len(known.classes),
-        method,
-        {"no_diffusion": 0.0, "label_spreading": 1.0}.get(method) or _step(graph, step),
-        0 if method == "no_diffusion" else num_steps,
-        None if teleport is None else check_fraction("classify", teleport, "teleport"),
-        max_epochs,
-        seed,
-    )
+    if teleport is None:
+        teleport = _SPREADING_TELEPORT if method == "label_spreading" else 0.0
+    teleport = check_fraction("classify", teleport, "teleport")
+    step = _step(graph, step, method)
+    if num_steps is None or method == "no_diffusion":
+        num_steps = _num_steps(graph, step, teleport, method, _REACH if made else _REACH_GIVEN)
+    problem = _Problem(features, graph, len(known.classes), method, step, num_steps, teleport, max_epochs, seed)
     held_out = _validation(validation, known.numbers, seed)
     probabilities, fit = problem.solve(numbers, None if held_out is None else held_out.to(graph.device), progress)
     predicted = probabilities.argmax(1)
@@ -183,7 +184,7 @@ def classify(
         graph=graph,
         method=method,
         step=problem.step,
-        num_steps=problem.steps,
+        num_steps=problem.num_steps,
         converged=fit is None or fit.converged,
         message=_message(graph, given, fit, method),
         history={} if fit is None else fit.history,
@@ -205,26 +206,10 @@ class _Problem:
     classes: int
     method: Method
     step: float
-    num_steps: int | None
-    teleport: float | None
+    num_steps: int
+    teleport: float
     max_epochs: int | None
     seed: int
-
-    @property
-    def steps(self) -> int:
-        """Number of diffusion steps."""
-        if self.num_steps is not None:
-            return self.num_steps
-        if self.method != "label_spreading":
-            return _NUM_STEPS
-        keep = 1 - self._return
-        return math.ceil(math.log(_SPREADING_RTOL) / math.log(keep)) if keep > 0 else 1
-
-    @property
-    def _return(self) -> float:
-        if self.teleport is not None:
-            return self.teleport
-        return _SPREADING_TELEPORT if self.method == "label_spreading" else 0.0
 
     def solve(self, numbers: Tensor, held_out: Tensor | None, progress: bool) -> tuple[Tensor, FitResult | None]:
         """Probabilities of the classes ``(n, C)`` from the labels that are not negative, and how the training went."""
@@ -238,12 +223,12 @@ class _Problem:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model: torch.nn.Module
-            shape = d, self.classes, self.step, self.steps
+            shape = d, self.classes, self.step, self.num_steps
             if self.method == "coin":
-                model = COIN(*shape, hidden=hidden, teleport=self._return)
+                model = COIN(*shape, hidden=hidden, teleport=self.teleport)
             else:
                 residual: Literal["one_layer", "two_layer"] = "one_layer" if hidden is None else "two_layer"
-                model = DiffResNet(*shape, residual, hidden=hidden, teleport=self._return)
+                model = DiffResNet(*shape, residual, hidden=hidden, teleport=self.teleport)
         train = numbers >= 0
         if held_out is not None:
             train = train & ~held_out
@@ -262,13 +247,13 @@ class _Problem:
 
     def _spread(self, numbers: Tensor) -> Tensor:
         """Shares of walks from the labels, ``a (I - (1 - a) S)^-1 Y``, by the iteration of which that is the limit."""
-        graph, a = self.graph, self._return
+        graph, a = self.graph, self.teleport
         S = graph.normalized("sym" if graph.symmetric else "row")
         Y = graph.weight.new_zeros(graph.num_nodes, self.classes)
         labelled = numbers >= 0
         Y[labelled, numbers[labelled]] = 1
         nothing = graph.weight.new_zeros(graph.num_nodes)
-        mass = _native.propagate(S.rowptr, S.col, (1 - a) * S.weight, nothing, Y, self.steps, teleport=a)
+        mass = _native.propagate(S.rowptr, S.col, (1 - a) * S.weight, nothing, Y, self.num_steps, teleport=a)
         total = mass.sum(1, keepdim=True)
         prior = Y.sum(0) / Y.sum()  # where no walk arrives
         return torch.where(total > 0, mass / torch.where(total > 0, total, 1), prior)
@@ -302,14 +287,29 @@ def _neighbours(features: Tensor, k: int | None, progress: bool) -> Graph:
     return knn_graph(features, k, bandwidth_k=max(2, (k + 1) // 2), progress=progress)
 
 
-def _step(graph: Graph, step: float | None) -> float:
+def _step(graph: Graph, step: float | None, method: Method) -> float:
     if step is not None:
-        return float(check_step("classify", step))
+        step = float(check_step("classify", step))
+    if method in _WITHOUT_STEP:
+        return _WITHOUT_STEP[method]
+    if step is not None:
+        return step
     if graph.num_edges == 0:
         return 0.0
     report = stability(graph, 0.0)
     largest = report.largest_step if report.symmetric else report.largest_positive_step
     return _SAFE_SHARE * largest if math.isfinite(largest) else 0.0
+
+
+def _num_steps(graph: Graph, step: float, teleport: float, method: Method, reach: float) -> int:
+    if method == "label_spreading":
+        # What is left of the starting values after so many steps; without any return there is no limit to wait for.
+        return math.ceil(math.log(_SPREADING_RTOL) / math.log(1 - teleport)) if teleport > 0 else _MOST_STEPS
+    rate = (graph.degree - graph.diagonal).detach()
+    moved = step * float(rate[rate > 0].mean()) if bool((rate > 0).any()) else 0.0
+    if method == "no_diffusion" or moved == 0:
+        return 0
+    return min(max(round(reach / moved), 1), _MOST_STEPS)
 
 
 def _validation(validation: Any, numbers: Tensor, seed: int) -> Tensor | None:

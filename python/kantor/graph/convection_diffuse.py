@@ -98,7 +98,7 @@ def convection_diffuse(
             "kantor.graph.from_torch"
         )
     check_fit("convection_diffuse", u, graph, "u")
-    step = check_step("convection_diffuse", step)
+    step = check_step("convection_diffuse", step, like=graph)
     num_steps = check_count("convection_diffuse", num_steps)
     check_choice("convection_diffuse", scheme, "scheme", SCHEMES)
     check_choice("convection_diffuse", stability, "stability", MODES)

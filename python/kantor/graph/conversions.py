@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kantor._checks import check_finite, check_float, check_tensor
+from kantor._checks import FLOATS, check_finite, check_float, check_tensor
 from kantor.graph import _pattern
 from kantor.graph._arguments import check_choice, check_count
 from kantor.graph._validation import check_sign
@@ -36,8 +36,8 @@ def from_edge_index(
     Parameters
     ----------
     edge_index : Tensor (2, m)
-        Edge e is the entry ``W[edge_index[0, e], edge_index[1, e]]``; int32 or int64. An undirected edge stands there
-        in both directions, unless `undirected` is given.
+        Edge e is the entry ``W[edge_index[0, e], edge_index[1, e]]``, by which the first node takes values from the
+        second; int32 or int64. An undirected edge stands there in both directions, unless `undirected` is given.
     num_nodes : int, optional
         Default: the largest index and one.
     edge_weight : Tensor (m,), optional
@@ -85,6 +85,8 @@ def from_edge_index(
     m = edge_index.shape[1]
     low, high = (int(edge_index.min()), int(edge_index.max())) if m else (0, -1)
     n = high + 1 if num_nodes is None else check_count(name, num_nodes, "num_nodes")
+    if n >= 2**31:
+        raise ValueError(f"{name}: num_nodes: expected fewer than 2^31 nodes, got {n}")
     if low < 0 or high >= n:
         raise ValueError(
             f"{name}: edge_index: expected node numbers 0..{n - 1}, got {low if low < 0 else high}; nodes are counted "
@@ -109,6 +111,8 @@ def from_edge_index(
     rowptr, col, weight = _pattern.coalesce(edge_index[0], edge_index[1], weight, n)
     if edge_weight is None:
         weight = torch.ones_like(weight)
+    else:
+        check_finite(weight, name, "edge_weight: sums of repeated edges")
     return _finish(name, Graph(rowptr, col, weight), self_loops, normalize, undirected)
 
 
@@ -138,6 +142,10 @@ def from_torch(A: Tensor, *, self_loops: bool = False, normalize: Normalize = No
     """
     if not isinstance(A, Tensor):
         raise TypeError(f"from_torch: A: expected a torch sparse CSR or COO tensor, got {type(A).__name__}")
+    if A.layout not in (torch.sparse_csr, torch.sparse_coo):
+        raise TypeError(
+            f"from_torch: A: expected a torch sparse CSR or COO tensor, got layout {A.layout}; call A.to_sparse_csr()"
+        )
     return _from_matrix("from_torch", A, self_loops, normalize, undirected)
 
 
@@ -169,8 +177,8 @@ def from_scipy(A: Any, *, self_loops: bool = False, normalize: Normalize = None,
     if not hasattr(A, "tocsr"):
         hint = "; use from_torch" if isinstance(A, Tensor) else ""
         raise TypeError(f"from_scipy: A: expected a scipy sparse matrix, got {type(A).__name__}{hint}")
-    if A.dtype.kind in "iub":
-        A = A.astype(str(torch.get_default_dtype())[6:])
+    # A copy in any case: a matrix may change, a graph does not.
+    A = A.astype(str(torch.get_default_dtype())[6:]) if A.dtype.kind in "iub" else A.copy()
     return _from_matrix("from_scipy", A, self_loops, normalize, undirected)
 
 
@@ -196,7 +204,7 @@ def from_networkx(
     Raises
     ------
     TypeError
-        Not a NetworkX graph.
+        Not a NetworkX graph, or weights that are not numbers.
     ValueError
         Negative, NaN or infinite weights.
 
@@ -213,7 +221,13 @@ def from_networkx(
     edges = [(number[u], number[v]) for u, v in G.edges()]
     weights = [1.0] * len(edges) if weight is None else [w for _, _, w in G.edges(data=weight, default=1.0)]
     index = torch.tensor(edges, dtype=torch.long).reshape(-1, 2).T
-    values = torch.tensor(weights, dtype=torch.get_default_dtype())
+    try:
+        values = torch.tensor([float(w) for w in weights], dtype=torch.get_default_dtype())
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"from_networkx: weight: expected a number in the attribute {weight!r} of every edge: {error}; pass "
+            "weight=None for edges of weight one"
+        ) from error
     if not G.is_directed():
         other = index[0] != index[1]
         index, values = torch.cat([index, index.flip(0)[:, other]], 1), torch.cat([values, values[other]])
@@ -230,9 +244,12 @@ def from_pyg(data: Any, *, self_loops: bool = True, normalize: Normalize = "sym"
     ----------
     data : Data, or anything with these attributes
         ``edge_index``; ``num_nodes``; the weights are ``edge_weight``, or ``edge_attr`` where that is one number an
-        edge. Edges without weights get one, in the dtype of ``x`` if it has one.
+        edge. Edges without weights get one. Numbers that are not float32 or float64 become ``x.dtype`` where that is,
+        else torch's default dtype.
     self_loops, normalize, undirected
-        As in :func:`from_edge_index`; with their defaults the weights are those of ``gcn_norm``.
+        As in :func:`from_edge_index`; with their defaults the weights are those of ``gcn_norm`` for a graph whose edges
+        stand there once in each direction. Messages go from the first row of ``edge_index`` to the second: for a
+        directed graph that is the ``T`` of this one.
 
     Raises
     ------
@@ -257,10 +274,13 @@ def from_pyg(data: Any, *, self_loops: bool = True, normalize: Normalize = "sym"
             )
         weight = attributes.reshape(-1)
     x = getattr(data, "x", None)
-    dtype = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else torch.get_default_dtype()
-    if weight is not None and not weight.is_floating_point():
+    dtype = x.dtype if isinstance(x, Tensor) and x.dtype in FLOATS else torch.get_default_dtype()
+    if isinstance(weight, Tensor) and weight.dtype not in FLOATS and not weight.is_complex():
         weight = weight.to(dtype)
-    graph = from_edge_index(edge_index, data.num_nodes, weight, self_loops=False, normalize=None)
+    try:
+        graph = from_edge_index(edge_index, getattr(data, "num_nodes", None), weight, self_loops=False, normalize=None)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"from_pyg: data.{str(error).partition(': ')[2]}") from error
     return _finish("from_pyg", graph if weight is not None else graph.to(dtype), self_loops, normalize, undirected)
 
 
@@ -271,7 +291,7 @@ def _from_matrix(name: str, A: Any, self_loops: bool, normalize: Normalize, undi
         matrix = CSR.from_any(A)
         graph = Graph(matrix.crow, matrix.col, matrix.values)
     except (TypeError, ValueError) as error:  # the same complaint, in the name of what was called
-        raise type(error)(f"{name}: {str(error).partition(': ')[2]}") from error
+        raise type(error)(f"{name}: A: {str(error).partition(': ')[2]}") from error
     return _finish(name, graph, self_loops, normalize, undirected)
 
 

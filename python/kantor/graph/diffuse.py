@@ -18,7 +18,7 @@ from kantor.graph._arguments import (
     check_step,
 )
 from kantor.graph._chebyshev import heat_kernel
-from kantor.graph._recurrence import explicit_step, recurrence
+from kantor.graph._recurrence import explicit_step, full_precision, recurrence
 from kantor.graph.implicit_diffuse import implicit_diffuse
 from kantor.graph.propagator import propagator
 from kantor.graph.stability import MODES, Mode, check_stability, require_symmetric
@@ -47,7 +47,8 @@ def diffuse(
     Parameters
     ----------
     x : Tensor
-        ``(n, d)``, or ``(B, n, d)`` for a batch; float32 or float64.
+        ``(n, d)``, or ``(B, n, d)`` for a batch; float32 or float64. A value that is not finite spreads to the
+        neighbours; method "implicit" refuses it.
     graph : Graph or Tensor
         A graph of n nodes, or dense weights ``(n, n)`` or ``(B, n, n)``, of the dtype and on the device of x.
     step : float or Tensor
@@ -60,14 +61,16 @@ def diffuse(
           :func:`implicit_diffuse`, which also divides it. Symmetric weights.
         * propagator: the explicit steps, as one product with their matrix; see :func:`propagator`. Up to some thousand
           nodes.
-        * chebyshev: the heat equation itself, ``exp(-step num_steps L) x``, to rounding. Symmetric weights.
+        * chebyshev: the heat equation itself, ``exp(-step num_steps L) x``, to rounding, by some
+          ``sqrt(step num_steps lambda_max)`` products, which derivatives keep all. Symmetric weights. Not inside
+          torch.export, nor in torch.vmap over the weights or the step.
     dropout : float
         Probability p: before every step entries are set to zero with it, and the others divided by ``1 - p``. Explicit
         only.
     teleport : float
         a in [0, 1): ``x <- (1 - a) (I - step L) x + a x_0`` in every step, as in APPNP. Explicit only.
     seed : int, optional
-        Of the dropout. Default: drawn from torch's default generator.
+        Of the dropout, >= 0. Default: drawn from torch's default generator, which torch.vmap does not allow.
     stability : {"error", "warn", "ignore"}
         What to do about explicit steps so long that values grow without bound; see :func:`stability`. A graph is looked
         at once. Not checked inside torch.compile and torch.vmap.
@@ -82,7 +85,8 @@ def diffuse(
     TypeError
         x is no tensor of these dimensions and dtypes, graph none of these, step no number.
     ValueError
-        x and graph differ in nodes, dtype or device; an argument out of range; an option that the method does not have.
+        x and graph differ in nodes, dtype or device; dense weights that are negative or not finite; weights that are
+        not symmetric where the method wants them so; an argument out of range; an option that the method does not have.
     StabilityError
         An unstable step; the message gives the largest safe one.
 
@@ -93,9 +97,11 @@ def diffuse(
 
     Notes
     -----
-    Explicit: ``2 K nnz d`` multiply-adds, memory O(n d) also for derivatives, whatever K. Column sums are conserved for
-    symmetric weights, constants always. Deterministic: the same bits for any number of threads, and the same dropout on
-    CPU and GPU.
+    Explicit, on a graph: ``nnz d`` multiply-adds a step; memory O(n d) whatever K, also for the derivative with respect
+    to x; those for weights and step keep some sqrt(K) states, second ones and those on dense weights all K. Without
+    dropout, column sums are conserved for symmetric weights, and constants always. On a graph deterministic: the same
+    bits for any number of threads. Dropout is the same on CPU and GPU, and on a graph and its dense weights. Under
+    autocast everything here runs in single precision.
 
     Source: Wang, Dou, Bao and Shi, *Diffusion Mechanism in Residual Neural Network: Theory and Applications*, IEEE
     TPAMI 46(2), 2024; teleport: Gasteiger, Bojchevski and Günnemann, *Predict then Propagate*, ICLR 2019, equation 5.
@@ -111,12 +117,14 @@ def diffuse(
     x = check_points("diffuse", x)
     graph = check_similarity("diffuse", graph)
     check_fit("diffuse", x, graph)
-    step = check_step("diffuse", step)
+    step = check_step("diffuse", step, like=graph)
     num_steps = check_count("diffuse", num_steps)
     check_choice("diffuse", method, "method", METHODS)
     check_choice("diffuse", stability, "stability", MODES)
     dropout = check_fraction("diffuse", dropout, "dropout")
     teleport = check_fraction("diffuse", teleport, "teleport")
+    if seed is not None and (seed := check_count("diffuse", seed, "seed")) >= 2**63:
+        raise ValueError(f"diffuse: seed: expected an integer below 2**63, got {seed}")
     for name, value in (("dropout", dropout), ("teleport", teleport)):
         if value and method != "explicit":
             raise ValueError(f"diffuse: {name}: expected 0 with method={method!r}, got {value}; use method='explicit'")
@@ -130,13 +138,14 @@ def diffuse(
         return heat_kernel(x, graph, step * num_steps)
     check_stability("diffuse", graph, step, stability, x)
     if method == "propagator":
-        return propagator(graph, step, num_steps, stability="ignore") @ x
-    if dropout and seed is None:
-        seed = int(torch.randint(2**62, ()))
+        with full_precision(x):
+            return propagator(graph, step, num_steps, stability="ignore") @ x
+    if seed is None:
+        seed = int(torch.randint(2**62, ())) if dropout else 0
     edge, diagonal = explicit_step(graph, step)
     if teleport:  # x <- (1 - a) (diagonal x + E x) + a x_0
         edge, diagonal = (1 - teleport) * edge, (1 - teleport) * diagonal
-    return recurrence(x, graph, edge, diagonal, num_steps, teleport, dropout, seed or 0)
+    return recurrence(x, graph, edge, diagonal, num_steps, teleport, dropout, seed)
 
 
 __all__ = ["diffuse"]

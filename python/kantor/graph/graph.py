@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from kantor import _C
-from kantor._checks import check_finite, check_float, check_tensor, host, is_readable
+from kantor._checks import check_finite, check_float, check_same, check_tensor, host, is_readable
 from kantor.graph import _pattern, _spectrum
 from kantor.graph._native import product, rows_of
 from kantor.graph._pattern import Transposed
-from kantor.graph._validation import check_entries, check_sign, check_types, narrow
+from kantor.graph._validation import check_entries, check_sign, check_size, check_types, narrow
 from kantor.linalg import CSR
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
 _T = TypeVar("_T")
@@ -80,15 +82,18 @@ class Graph:
         check_types(rowptr, col, weight)
         n = rowptr.numel() - 1
         rowptr, col = narrow("rowptr", rowptr), narrow("col", col)
-        if is_readable(weight):
+        if is_readable(weight) and not weight.is_meta:
             is_sorted = check_entries(rowptr, col, weight)
             check_sign("Graph", "weight", weight)  # before duplicates are added up: a sum could hide it
             if not is_sorted:
                 rowptr, col, weight = _pattern.coalesce(rows_of(rowptr), col, weight, n)
+                check_finite(weight, "Graph", "weight: sums of duplicate entries")
         self._set(rowptr, col, weight)
 
     def _set(self, rowptr: Tensor, col: Tensor, weight: Tensor) -> None:
-        self.rowptr, self.col, self.weight, self.recall = rowptr, col, weight, None
+        check_size(col)
+        self.rowptr, self.col, self.weight = map(_kept, (rowptr, col, weight))
+        self.recall = None
         self._of_pattern: dict[str, Any] = {}  # what depends on the pattern alone, shared by with_weight
         self._of_weight: dict[str, Any] = {}
 
@@ -101,25 +106,38 @@ class Graph:
 
     def _with(self, weight: Tensor) -> Graph:
         graph = copy.copy(self)
-        graph.weight, graph._of_weight = weight, {}
+        graph.weight, graph._of_weight = _kept(weight), {}
         return graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and files hold: not what is known of the weights, since a copy counts its changes anew."""
+        return {**self.__dict__, "_of_weight": {}}
 
     def _once(self, store: dict[str, Any], name: str, compute: Callable[[], _T]) -> _T:
         """What is known already, else `compute`: kept, unless a derivative or a compiler follows it."""
         readable, of_weight = is_readable(self.weight), store is self._of_weight
+        if of_weight and self.weight.requires_grad:
+            return compute()
         if of_weight and readable:
-            if self.weight.requires_grad:
-                return compute()
-            version = 0 if self.weight.is_inference() else self.weight._version
+            version = self.weight._version
             if store.setdefault("version", version) != version:  # someone wrote into the weights after all
                 store.clear()
                 store["version"] = version
         if name not in store and not readable:
             return compute()
         if name not in store:
-            store[name] = compute()
+            with self._lasting():
+                store[name] = compute()
         known: _T = store[name]
         return known
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        """Outside of inference mode and, as far as the graph is, of torch.func: their tensors are of no use later."""
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        wrapped = any(map(is_wrapped, (self.rowptr, self.col, self.weight)))
+        with torch.inference_mode(False), nullcontext() if wrapped else torch._C._DisableFuncTorch():
+            yield
 
     # --- what it is ---
 
@@ -268,12 +286,17 @@ class Graph:
             rowptr, col, place, t_place = _pattern.union((self.rowptr, self.col), (t_rowptr, t_col))
             empty = self.weight.new_zeros(col.numel())
             ours, theirs = empty.index_copy(0, place, self.weight), empty.index_copy(0, t_place, turned)
-        graph = Graph._trusted(rowptr, col, (ours + theirs) / 2 if how == "mean" else torch.maximum(ours, theirs))
+        graph = Graph._trusted(rowptr, col, ours / 2 + theirs / 2 if how == "mean" else torch.maximum(ours, theirs))
         graph._once(graph._of_weight, "symmetric", lambda: True)
         return graph
 
     def with_self_loops(self, weight: float = 1.0) -> Graph:
-        """Return the graph in which every node without a self loop has one of this weight."""
+        """Return the graph in which every node without a self loop has one of this weight, a number >= 0."""
+        if isinstance(weight, bool) or not hasattr(weight, "__float__"):
+            raise TypeError(f"Graph.with_self_loops: weight: expected a number, got {type(weight).__name__}")
+        weight = float(weight)
+        if not 0 <= weight <= torch.finfo(self.dtype).max:
+            raise ValueError(f"Graph.with_self_loops: weight: expected a finite number >= 0, got {weight}")
         rowptr, col, place, diagonal = _pattern.insert_diagonal(self.rowptr, self.col)
         values = self.weight.new_zeros(col.numel())
         values[diagonal] = weight
@@ -282,7 +305,8 @@ class Graph:
     def normalized(self, kind: Literal["sym", "row"] = "sym") -> Graph:
         """Return ``D^-1/2 W D^-1/2`` ("sym") or ``D^-1 W`` ("row"), D the row sums of W; rows without weight stay zero.
 
-        The degrees of the result are one with "row", and near one but not equal to it with "sym".
+        The degrees of the result are one with "row", and near one but not equal to it with "sym". Also in a graph that
+        is not symmetric "sym" takes the row sums on both sides: an edge to a node whose row is empty becomes zero.
         """
         if kind not in ("sym", "row"):
             raise ValueError(f"Graph.normalized: kind: expected 'sym' or 'row', got {kind!r}")
@@ -323,15 +347,17 @@ class Graph:
     def _check_nodes(self, nodes: Tensor, function: str, argument: str) -> Tensor:
         check_tensor(nodes, function, argument)
         n = self.num_nodes
+        if nodes.device != self.device:
+            raise ValueError(
+                f"{function}: {argument} is on {nodes.device}, the graph on {self.device}; move one with .to(device)"
+            )
         if nodes.dtype is torch.bool and nodes.shape == (n,):
             return nodes.nonzero()[:, 0]
         if nodes.ndim != 1 or nodes.dtype not in (torch.int32, torch.int64):
             raise TypeError(
-                f"{function}: {argument}: expected node numbers (m,) in int32 or int64, got {str(nodes.dtype)[6:]} of "
-                f"shape {tuple(nodes.shape)}"
+                f"{function}: {argument}: expected node numbers (m,) in int32 or int64, or a mask ({n},), got "
+                f"{str(nodes.dtype)[6:]} of shape {tuple(nodes.shape)}"
             )
-        if nodes.device != self.device:
-            raise ValueError(f"{function}: {argument} is on {nodes.device}, the graph on {self.device}; move one")
         if nodes.numel():
             low, high = int(nodes.min()), int(nodes.max())
             if low < 0 or high >= n:
@@ -377,18 +403,25 @@ class Graph:
             from scipy.sparse.csgraph import reverse_cuthill_mckee
         except ImportError as error:
             raise ImportError('Graph.reorder needs scipy: pip install "kantor[graph]"') from error
+        if self.num_nodes == 0:
+            return self, self.col.long()
         found = reverse_cuthill_mckee(self.to_scipy(), symmetric_mode=self.symmetric)
         order = torch.from_numpy(found.copy()).long().to(self.device)
         return self.permute(order), order
 
     @staticmethod
-    def block_diagonal(graphs: Sequence[Graph]) -> Graph:
+    def block_diagonal(graphs: Iterable[Graph]) -> Graph:
         """Return one graph of several, side by side and unconnected: the nodes of the first, then those of the second.
 
         Episodes, or snapshots of a graph that changes, then take one call: stack their features likewise.
         """
+        graphs = list(graphs)
         if not graphs:
             raise ValueError("Graph.block_diagonal: graphs: expected at least one graph, got none")
+        for i, graph in enumerate(graphs):
+            if not isinstance(graph, Graph):
+                raise TypeError(f"Graph.block_diagonal: graphs: expected graphs, got {type(graph).__name__} at {i}")
+        check_same("Graph.block_diagonal", ((f"graphs[{i}]", graph.weight) for i, graph in enumerate(graphs)))
         rowptr, col, nodes, entries = [graphs[0].rowptr[:1].long()], [], 0, 0
         for graph in graphs:
             rowptr.append(graph.rowptr[1:].long() + entries)
@@ -437,13 +470,13 @@ class Graph:
         return torch.sparse_csr_tensor(self.rowptr, self.col, self.weight, shape, check_invariants=False)
 
     def to_scipy(self) -> Any:
-        """Return W as a ``scipy.sparse.csr_array`` on the host (needs scipy, extra ``graph``)."""
+        """Return a copy of W as a ``scipy.sparse.csr_array`` on the host (needs scipy, extra ``graph``)."""
         try:
             from scipy.sparse import csr_array
         except ImportError as error:
             raise ImportError('Graph.to_scipy needs scipy: pip install "kantor[graph]"') from error
         weight, col, rowptr = (host(t).numpy() for t in (self.weight, self.col, self.rowptr))
-        return csr_array((weight, col, rowptr), shape=(self.num_nodes, self.num_nodes))
+        return csr_array((weight, col, rowptr), shape=(self.num_nodes, self.num_nodes), copy=True)
 
     def to(self, *args: Any, **kwargs: Any) -> Graph:
         """Convert as ``Tensor.to`` does: ``graph.to("cuda")``, ``graph.to(torch.float64)``."""
@@ -458,13 +491,18 @@ class Graph:
         return graph
 
     def plot(
-        self, positions: Tensor | None = None, labels: Any = None, *, ax: Axes | None = None, edges: int = 20_000
+        self,
+        positions: Tensor | np.ndarray[Any, Any] | None = None,
+        labels: Any = None,
+        *,
+        ax: Axes | None = None,
+        edges: int = 20_000,
     ) -> Axes:
         """Draw the nodes, coloured by `labels`, and the edges, the darker the heavier (matplotlib, extra ``demo``).
 
         Parameters
         ----------
-        positions : Tensor (n, d), optional
+        positions : Tensor or array (n, d), optional
             Where the nodes are; of more than two columns the two principal components are taken. Default: a spectral
             embedding of the graph, laid out by t-SNE up to 5000 nodes (scikit-learn).
         labels : sequence (n,), optional
@@ -493,7 +531,15 @@ class Graph:
         return f"Graph({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """A tensor of inference mode, which no derivative may use, as one that may: a copy."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def _power(degree: Tensor, exponent: float) -> Tensor:
-    """``degree ** exponent``, zero where the degree is; so are its derivatives."""
-    positive = degree > 0
+    """``degree ** exponent``, zero where the degree is, or nearly: its inverse could overflow; so are derivatives."""
+    positive = degree >= torch.finfo(degree.dtype).tiny
     return torch.where(positive, torch.where(positive, degree, 1).pow(exponent), 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kantor._checks import is_readable
+from kantor._checks import check_finite, is_readable
 from kantor._errors import ConvergenceWarning
 from kantor._result import SolveResult
 from kantor.graph._arguments import Similarity, check_count, check_fit, check_points, check_similarity, check_step
@@ -71,7 +71,7 @@ def implicit_diffuse(
     Parameters
     ----------
     u : Tensor
-        ``(n, d)``, or ``(B, n, d)`` for a batch; float32 or float64.
+        ``(n, d)``, or ``(B, n, d)`` for a batch; float32 or float64; finite.
     graph : Graph or Tensor
         Symmetric weights: a graph, or dense ``(n, n)`` or ``(B, n, n)``, of the dtype and on the device of u.
     time : float or Tensor
@@ -96,8 +96,8 @@ def implicit_diffuse(
     TypeError
         u is no tensor of these dimensions and dtypes, graph none of these, time no number.
     ValueError
-        u and graph differ in nodes, dtype or device; weights that are not symmetric, negative or not finite; an
-        argument out of range.
+        u and graph differ in nodes, dtype or device; u is not finite; weights that are not symmetric, negative or not
+        finite; an argument out of range.
 
     Warns
     -----
@@ -125,12 +125,18 @@ def implicit_diffuse(
     u = check_points("implicit_diffuse", u, "u")
     graph = check_similarity("implicit_diffuse", graph)
     check_fit("implicit_diffuse", u, graph, "u")
-    time = check_step("implicit_diffuse", time, "time")
+    check_finite(u, "implicit_diffuse", "u")
+    time = check_step("implicit_diffuse", time, "time", graph)
     num_steps = check_count("implicit_diffuse", num_steps, least=1)
+    maxiter = check_count("implicit_diffuse", maxiter, "maxiter")
     require_symmetric("implicit_diffuse", graph, "conjugate gradients")
     rtol = (1e-10 if u.dtype == torch.float64 else 1e-7) if rtol is None else rtol
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        check_step("implicit_diffuse", tolerance, name)
 
-    is_checked = is_readable(u)  # inside torch.compile and torch.vmap nobody can tell how a solve went
+    # Inside torch.compile and torch.vmap nobody can tell how a solve went.
+    inputs = (u, graph.weight if isinstance(graph, Graph) else graph, *([time] if isinstance(time, Tensor) else []))
+    is_checked = all(map(is_readable, inputs))
     dtype, u = u.dtype, u.double()
     solves: list[SolveResult] = []
 
@@ -148,7 +154,7 @@ def implicit_diffuse(
     else:
         operators = [_operator(graph, tau)]
     for _ in range(num_steps if u.numel() else 0):
-        if len(operators) == 1 and u.shape[0] != 0:
+        if len(operators) == 1:
             u = solve(operators[0], u)
         else:
             u = torch.stack([solve(A, entry) for A, entry in zip(operators, u, strict=True)])
@@ -173,7 +179,7 @@ def _summary(solves: list[SolveResult]) -> ImplicitInfo:
     return ImplicitInfo(
         converged=failed is None,
         iterations=sum(result.iterations for result in solves),
-        residual=max((result.relative_residual for result in solves), default=0.0),
+        residual=max([result.relative_residual for result in solves], default=0.0),
         message=(failed or solves[0]).message if solves else "nothing to solve",
         solves=tuple(solves),
     )

@@ -41,8 +41,8 @@ def knn_graph(
 ) -> Graph:
     r"""Return the graph in which every point is connected to its nearest neighbours, by Euclidean distance ``d_ij``.
 
-    Every point is its own nearest neighbour: of the `k` entries a row keeps the first is the self loop. Only the
-    distances between points leave it out, since there it would be zero.
+    Every point is its own nearest neighbour: of the `k` entries a row keeps the first is the self loop, and k = 1
+    connects nothing. Only "distance" leaves the self loop out, since there it would be zero.
 
     ``weights="self_tuning"``
         ``w_ij = exp(-(d_ij / s_i)^2)``, ``s_i`` the distance from point i to its `bandwidth_k`-th nearest, itself
@@ -67,7 +67,8 @@ def knn_graph(
     bandwidth_k : int
         Which neighbour sets the scale, the point itself being the first; 1..n.
     sigma : float, optional
-        Width for "gaussian". Default: the median over the points of the distance to the `bandwidth_k`-th nearest.
+        Width for "gaussian"; the others have none. Default: the median over the points of the distance to the
+        `bandwidth_k`-th nearest.
     symmetrize : "auto", "mean", "max" or "none"
         Combine W with its transpose by this function; missing entries are zero. "auto": as described above, and "none"
         for rows that sum to one.
@@ -127,12 +128,18 @@ def knn_graph(
     if normalize is not None:
         check_choice(name, normalize, "normalize", ("auto", "sym", "row"))
     k, bandwidth_k = check_count(name, k, "k", 1), check_count(name, bandwidth_k, "bandwidth_k", 1)
+    if n < 2:
+        raise ValueError(f"{name}: x: expected at least two points, got shape {tuple(x.shape)}")
     if k >= n:
         raise ValueError(f"{name}: k: expected 1..{n - 1}, fewer than the {n} points, got {k}")
     if bandwidth_k > n:
         raise ValueError(f"{name}: bandwidth_k: expected 1..{n}, at most the number of points, got {bandwidth_k}")
-    if sigma is not None and not 0 < sigma < math.inf:
-        raise ValueError(f"{name}: sigma: expected a positive number, got {sigma}")
+    if sigma is not None:
+        if isinstance(sigma, bool) or not hasattr(sigma, "__float__"):
+            raise TypeError(f"{name}: sigma: expected a number, got {type(sigma).__name__}")
+        sigma = float(sigma)
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"{name}: sigma: expected a positive number, got {sigma}")
 
     index, distance, recall = _neighbours(x.detach(), max(k, bandwidth_k - 1), method, progress)
     if not bool(distance.isfinite().all()):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kantor.graph._arguments import Similarity, check_count, check_similarity, check_step
-from kantor.graph._recurrence import explicit_step, recurrence
+from kantor.graph._recurrence import explicit_step, full_precision, recurrence
 from kantor.graph.graph import Graph
 from kantor.graph.stability import Mode, check_stability
 
@@ -35,7 +35,7 @@ def propagator(
     num_steps : int
         K >= 0.
     rows : Tensor, optional
-        ``(m,)`` indices of nodes. Default: all.
+        ``(m,)`` indices of nodes, negative ones counted from the end. Default: all.
     stability : {"error", "warn", "ignore"}
         What to do about an unstable step; see :func:`stability`.
 
@@ -73,7 +73,7 @@ def propagator(
             [0.3750, 0.6250]])
     """
     graph = check_similarity("propagator", graph)
-    step = check_step("propagator", step)
+    step = check_step("propagator", step, like=graph)
     num_steps = check_count("propagator", num_steps)
     nodes = graph.num_nodes if isinstance(graph, Graph) else graph.shape[-1]
     rows = None if rows is None else _check_rows(rows, nodes)
@@ -88,10 +88,12 @@ def propagator(
     one_step = torch.diag_embed(diagonal) + edge
     if rows is not None and num_steps * wanted < squarings * nodes:
         result = torch.eye(nodes, dtype=graph.dtype, device=graph.device)[rows].expand(*graph.shape[:-2], -1, -1)
-        for _ in range(num_steps):
-            result = result @ one_step
+        with full_precision(result):
+            for _ in range(num_steps):
+                result = result @ one_step
         return result.clone() if num_steps == 0 else result
-    power: Tensor = torch.linalg.matrix_power(one_step, num_steps)
+    with full_precision(one_step):
+        power: Tensor = torch.linalg.matrix_power(one_step, num_steps)
     return power if rows is None else power.index_select(-2, rows)
 
 
@@ -106,8 +108,9 @@ def _by_sparse_products(graph: Graph, step: float | Tensor, num_steps: int, rows
 def _check_rows(rows: Tensor, nodes: int) -> Tensor:
     rows = torch.as_tensor(rows)
     if rows.dtype not in (torch.int32, torch.int64) or rows.ndim != 1:
+        hint = "; for a mask take mask.nonzero()[:, 0]" if rows.dtype is torch.bool else ""
         raise TypeError(
-            f"propagator: rows: expected a vector of integers, got {rows.dtype} of shape {tuple(rows.shape)}"
+            f"propagator: rows: expected a vector of integers, got {rows.dtype} of shape {tuple(rows.shape)}{hint}"
         )
     if rows.numel() and not -nodes <= int(rows.min()) <= int(rows.max()) < nodes:
         raise IndexError(f"propagator: rows: expected 0..{nodes - 1}, got {int(rows.min())}..{int(rows.max())}")

@@ -43,7 +43,8 @@ class StabilityReport:
     max_rate : float
         ``max_i (D_ii - W_ii)``.
     energy_stable : bool
-        ``step * lambda_max <= 2``: the energy ``tr(x' L x)`` of no x grows. False without symmetry.
+        ``step * lambda_max <= 2``: the energy ``tr(x' L x)`` of no x grows, to the accuracy of lambda_max. False
+        without symmetry.
     max_principle : bool
         ``step * max_rate <= 1``: values stay between the smallest and the largest, positive ones positive.
     largest_step : float
@@ -153,22 +154,22 @@ def check_positivity(call: str, graph: Similarity, step: float | Tensor, x: Tens
     limits = _limits_of(graph)
     if value * limits.max_rate > 1 + limits.rounding:
         raise StabilityError(
-            f"{call}: step: expected at most {round_down(1 / limits.max_rate):.4g}, where positivity is guaranteed, "
+            f"{call}: step: expected at most {_positive_step(limits):.4g}, where positivity is guaranteed, "
             f"got {value:.4g}: step * max(D - W_ii) = {value * limits.max_rate:.4g} > 1; take a smaller step with more "
             "num_steps, or positivity='row', 'implicit' or 'clamp'"
         )
 
 
 def _complaint(report: StabilityReport) -> str:
-    step = report.step
+    step, instead = report.step, "take a smaller step with more num_steps, "
     if report.symmetric:
+        instead += "diffuse implicitly, "
         why = f"lambda_max(D - W) = {report.lambda_max:.4g}, step * lambda_max = {step * report.lambda_max:.4g} > 2"
     else:
         why = f"the weights are not symmetric and step * max(D - W_ii) = {step * report.max_rate:.4g} > 1"
     return (
         f"expected at most {report.largest_step:.4g}, the largest safe step on this graph, got {step:.4g}: {why}, so "
-        "that values may grow without bound; take a smaller step with more num_steps, or method='implicit', or pass "
-        "stability='warn' or 'ignore'"
+        f"that values may grow without bound; {instead}or pass stability='warn' or 'ignore'"
     )
 
 
@@ -214,7 +215,7 @@ def require_symmetric(call: str, graph: Similarity, what: str) -> None:
     if weight.numel() and is_readable(weight) and not _limits_of(graph).symmetric:
         raise ValueError(
             f"{call}: graph: expected symmetric weights for {what}, got W != W.T; symmetrise them as (W + W.T) / 2, "
-            "or use method='explicit'"
+            "or diffuse by explicit steps"
         )
 
 
@@ -230,6 +231,10 @@ def _limits_of(graph: Similarity) -> _Limits:
     return _look_at(graph)
 
 
+def _positive_step(limits: _Limits) -> float:
+    return round_down((1 + limits.rounding) / limits.max_rate) if limits.max_rate > 0 else math.inf
+
+
 def _report(graph: Similarity, step: float) -> StabilityReport:
     weight = graph.weight if isinstance(graph, Graph) else graph
     if not weight.numel():
@@ -237,7 +242,7 @@ def _report(graph: Similarity, step: float) -> StabilityReport:
     limits = _limits_of(graph)
     top = lambda_max(graph) if limits.symmetric else math.nan
     rate, slack = limits.max_rate, 1 + limits.rounding
-    positive = round_down(1 / rate) if rate > 0 else math.inf
+    positive = _positive_step(limits)
     largest = positive
     if limits.symmetric:
         # The eigenvalue is known within 1 % from below: rounded down by as much, the step is safe. So is the bound.

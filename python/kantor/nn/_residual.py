@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from kantor.graph._arguments import check_count
 
 
 class ResidualBlock(nn.Module):
@@ -21,6 +24,27 @@ class ResidualBlock(nn.Module):
         h = torch.relu(self.inner(x))
         x = x if x.layout is torch.strided else x.to_dense()
         return x + (h if self.outer is None else self.outer(h))
+
+    def projected(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return ``self(x) @ weight.T``, where weight has few rows, without the products that are as wide as x."""
+        h = torch.relu(self.inner(x))
+        if self.outer is None:
+            return functional.linear(x, weight) + functional.linear(h, weight)
+        return functional.linear(x, weight) + functional.linear(h, weight @ self.outer.weight, weight @ self.outer.bias)
+
+
+class ResidualClassifier(nn.Sequential):
+    """A residual block and a linear layer of few outputs."""
+
+    def __init__(self, features: int, outputs: int, hidden: int | None = None) -> None:
+        super().__init__(ResidualBlock(features, hidden), nn.Linear(features, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(..., outputs)``."""
+        block, linear = self[0], self[1]
+        assert isinstance(block, ResidualBlock)
+        assert isinstance(linear, nn.Linear)
+        return block.projected(x, linear.weight) + linear.bias
 
 
 class SkipNetwork(nn.Module):
@@ -47,6 +71,4 @@ class SkipNetwork(nn.Module):
 
 def check_size(call: str, value: object, name: str) -> int:
     """Return an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{call}: {name}: expected an integer >= 1, got {value!r}")
-    return value
+    return check_count(call, value, name, least=1)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from kantor.graph._arguments import Similarity, check_choice
 from kantor.graph.stability import Mode
-from kantor.nn._residual import ResidualBlock, SkipNetwork, check_size
+from kantor.nn._residual import ResidualClassifier, SkipNetwork, check_size
 from kantor.nn.output_diffusion import OutputDiffusion, OutputInfo, Positivity
 
 HEADS = ("softmax", "sigmoid", "linear")
@@ -112,7 +112,7 @@ class COIN(nn.Module):
             raise TypeError(f"COIN: base: expected a torch.nn.Module, got {type(base).__name__}")
         if base is not None and hidden is not None:
             raise ValueError(f"COIN: hidden: expected None beside a base of your own, got {hidden}")
-        self.head = head
+        self.num_classes, self.head = num_classes, head
         self.accepts_sparse = base is None  # features in sparse CSR
         self.base = base if base is not None else _default_base(in_features, num_classes, head, hidden)
         self.diffusion = OutputDiffusion(
@@ -139,13 +139,18 @@ class COIN(nn.Module):
         Returns
         -------
         Tensor
-            ``(n, C)`` or ``(B, n, C)``. For what is raised see :class:`OutputDiffusion`.
+            ``(n, C)`` or ``(B, n, C)``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The base returns no scores for C classes. For the rest see :func:`kantor.graph.diffuse`.
         """
         u: Tensor = self.diffusion(self._outputs(x), graph)
         return u
 
     def log_prob(self, x: Tensor, graph: Similarity) -> Tensor:
-        """Return ``log(max(u, eps))`` of the diffused probabilities, shaped like them; finite always.
+        """Return ``log(max(u, eps))`` of the diffused probabilities, shaped like them; finite if x is.
 
         Raises
         ------
@@ -163,6 +168,13 @@ class COIN(nn.Module):
 
     def _outputs(self, x: Tensor) -> Tensor:
         scores: Tensor = self.base(x)
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"COIN: base: expected it to return a tensor (n, {self.num_classes}), got {type(scores)}")
+        if scores.shape[-1:] != (self.num_classes,):
+            raise ValueError(
+                f"COIN: base: expected it to return scores (n, {self.num_classes}), one column a class, got "
+                f"{tuple(scores.shape)}"
+            )
         if self.head == "softmax":
             return scores.softmax(-1)
         return scores.sigmoid() if self.head == "sigmoid" else scores
@@ -174,7 +186,7 @@ class COIN(nn.Module):
 
 def _default_base(in_features: int, num_classes: int, head: str, hidden: int | None) -> nn.Module:
     if head == "softmax":
-        return nn.Sequential(ResidualBlock(in_features, hidden), nn.Linear(in_features, num_classes))
+        return ResidualClassifier(in_features, num_classes, hidden)
     if head == "sigmoid":
         return SkipNetwork(in_features, num_classes, hidden or 3, torch.relu)
     return SkipNetwork(in_features, num_classes, hidden or 16, functional.elu)

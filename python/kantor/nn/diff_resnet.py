@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kantor.graph._arguments import Similarity, check_choice
 from kantor.graph.diffuse import Method
@@ -118,7 +117,7 @@ class DiffResNet(nn.Module):
             scores: Tensor = self.classifier(self.features(x, graph))
             return scores
         # Constants are fixed points of the diffusion: the bias may come after it.
-        columns: Tensor = self.diffusion(functional.linear(self.residual(x), self.classifier.weight), graph)
+        columns: Tensor = self.diffusion(self.residual.projected(x, self.classifier.weight), graph)
         return columns + self.classifier.bias
 
     def features(self, x: Tensor, graph: Similarity) -> Tensor:

@@ -44,12 +44,15 @@ class DiffusionBlock(nn.Module):
 
     Raises
     ------
+    TypeError
+        step is no number, or a tensor that requires a gradient.
     ValueError
         An argument out of range; ``step=0`` with `learn_step`.
 
     Notes
     -----
-    Memory O(n d) also for derivatives, whatever K. Weights ``graph.weight`` may require a gradient.
+    Memory, determinism, and what may require a gradient are those of :func:`kantor.graph.diffuse`: also the weights of
+    the graph may.
 
     Source: Wang, Dou, Bao and Shi, *Diffusion Mechanism in Residual Neural Network: Theory and Applications*, IEEE
     TPAMI 46(2), 2024.
@@ -77,6 +80,10 @@ class DiffusionBlock(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if getattr(step, "requires_grad", False):
+            raise TypeError(
+                f"{name}: step: expected a number, got a tensor that requires a gradient; use learn_step=True"
+            )
         self._step = float(check_step(name, step))
         self.num_steps = check_count(name, num_steps)
         self.dropout = check_fraction(name, dropout, "dropout")
@@ -130,8 +137,12 @@ class DiffusionBlock(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what differs from the defaults."""
-        with torch.no_grad():
-            step = f"{float(self.step):.4g}" + (" (learned)" if self.raw_step is not None else "")
+        if self.raw_step is None:
+            step = f"{self._step:.4g}"
+        elif self.raw_step.is_meta:
+            step = "(learned)"
+        else:
+            step = f"{functional.softplus(self.raw_step.detach()).item():.4g} (learned)"
         options = [f"step={step}", f"num_steps={self.num_steps}"]
         options += [f"method={self.method!r}"] if self.method != "explicit" else []
         options += [f"dropout={self.dropout:g}"] if self.dropout else []

@@ -87,7 +87,8 @@ class Episode:
     >>> query_labels = torch.arange(40) % 2
     >>> query = torch.randn(40, 4, generator=random) + 5 * query_labels[:, None]
     >>> support = torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0]])
-    >>> result = Episode(support, torch.tensor([0, 1]), query).normalise().classify("coin")
+    >>> episode = Episode(support, torch.tensor([0, 1]), query).normalise(base_mean=torch.full((4,), 2.5))
+    >>> result = episode.classify("coin")
     >>> bool(result.accuracy(query_labels) > 0.9)
     True
     """

@@ -61,7 +61,7 @@ class OutputDiffusion(DiffusionBlock):
         * implicit: one backward Euler step ``(I + step K L)^-1 u``, positive for any step. Symmetric weights.
         * error: StabilityError unless the condition above holds.
     eps : float
-        Smallest probability whose logarithm is taken.
+        Smallest probability whose logarithm is taken; at least the smallest normal number of the dtype is.
     teleport : float
         a in [0, 1): ``u <- (1 - a) (I - step L) u + a u_0``, as in APPNP. Not with "implicit".
     dropout : float
@@ -78,8 +78,8 @@ class OutputDiffusion(DiffusionBlock):
 
     Notes
     -----
-    The result of `forward` is never clamped, except that "implicit" cuts off what the solve leaves below zero. Memory
-    O(n C) also for derivatives, whatever K.
+    The result of `forward` is never clamped, except that "implicit" cuts off what the solve leaves below zero. An entry
+    that `log_prob` clamps has no gradient. Memory as in :func:`kantor.graph.diffuse`.
 
     Source: Wang, Bao and Shi, *Convection-Diffusion Equation: A Theoretically Certified Framework for Neural Networks*,
     arXiv 2403.15726.
@@ -138,7 +138,7 @@ class OutputDiffusion(DiffusionBlock):
         Tensor
             Shaped like u. For what is raised see :func:`kantor.graph.diffuse`.
         """
-        check_points("OutputDiffusion", u, "u")
+        u = check_points("OutputDiffusion", u, "u")
         check_similarity("OutputDiffusion", graph)
         if self.positivity == "implicit":
             return self._implicit(u, graph)
@@ -155,11 +155,12 @@ class OutputDiffusion(DiffusionBlock):
         )
 
     def log_prob(self, u: Tensor, graph: Similarity) -> Tensor:
-        """Return ``log(max(u_K, eps))``, finite always; ``info.clamped`` then counts the entries below eps."""
+        """Return ``log(max(u_K, eps))``, finite if u is; ``info.clamped`` then counts the entries below eps."""
         diffused: Tensor = self(u, graph)
+        eps = max(self.eps, torch.finfo(diffused.dtype).tiny)
         if is_readable(diffused):
-            self._clamped, self._entries = (diffused.detach() < self.eps).sum(), diffused.numel()
-        return diffused.clamp(min=self.eps).log()
+            self._clamped, self._entries = (diffused.detach() < eps).sum(), diffused.numel()
+        return diffused.clamp(min=eps).log()
 
     @property
     def info(self) -> OutputInfo:
