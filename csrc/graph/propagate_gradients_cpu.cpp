@@ -28,7 +28,7 @@ struct Plan {
 template <class T>
 Plan plan_of(const Exec& exec, const Recurrence<T>& r, int64_t d) {
   constexpr int64_t line = line_bytes / sizeof(T);
-  Plan plan{tiling_of<T>(exec, r.pattern, 4 * r.steps, d, line), 0, 0, 0, 0, 0};
+  Plan plan{tiling_of<T>(exec, r.pattern, 4 * r.steps, d, 2 * line), 0, 0, 0, 0, 0};
   const int64_t width = plan.tiling.width;
   plan.groups = std::min(most_groups, plan.tiling.count(d));
   plan.length = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(r.steps))));
