@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,27 @@ def memory_available() -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return 8 << 30
+
+
+def _status(field: str) -> float:
+    """MB of this process, as Linux counts them; 0 elsewhere."""
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    return 0.0
+
+
+def forget_peak_memory() -> float:
+    """Start measuring the peak anew; MB that this process holds now, 0 where nobody knows."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    return 0.0
+
+
+def peak_memory() -> float:
+    """MB that this process held at most since then."""
+    return _status("VmHWM")
 
 
 def load() -> float:

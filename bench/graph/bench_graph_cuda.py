@@ -3,16 +3,18 @@
     python bench/graph/bench_graph_cuda.py [--only product diffusion knn]
 
 `of copy` is the bandwidth of a device copy against the least traffic: for a product 8 bytes an entry, x and y once; for
-a step the same. Peers are one line of PyTorch each: torch.sparse with int32 indices, and the usual message passing, in
-which every entry's row is gathered and added to its node. Backward is the gradient for x; the peers' is autograd's. The
-least times of several calls between two events. Under a minute.
+a step the same. Peers are PyTorch: torch.sparse with int32 indices, backward by hand with the transpose stored; the
+usual message passing, in which every entry's row is gathered and added to its node, backward by autograd; cdist and
+topk in blocks. Backward is the gradient for x. Times are the least of several calls, between two events on the stream.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -73,8 +75,10 @@ class Graph:
         self.diagonal = 1 - 0.5 * self.weight.view(n, degree).sum(1)
         self.rows, self.long_col = rows.expand(n, degree).flatten(), self.col.long()
         self.transposed = transpose(self.rows, self.col, n)
-        W = torch.sparse_csr_tensor(self.rowptr, self.col, self.weight, (n, n))
-        self.W, self.column_diagonal = W, self.diagonal[:, None]
+        self.column_diagonal = self.diagonal[:, None]
+        t_rowptr, t_col, permutation = self.transposed
+        self.W = torch.sparse_csr_tensor(self.rowptr, self.col, self.weight, (n, n))
+        self.t_W = torch.sparse_csr_tensor(t_rowptr, t_col, self.weight[permutation], (n, n))
 
     def product(self, x: Tensor) -> Tensor:
         return _native.product(self.rowptr, self.col, self.weight, x)
@@ -139,42 +143,29 @@ def diffusions(rate: float) -> None:
         graph, x = Graph(n, degree, order), torch.randn(n, d, device="cuda", requires_grad=True)
         grad = torch.randn(n, d, device="cuda")
         traffic = steps * (8 * graph.nnz + 8 * n * d)
-        runs: dict[str, Callable[[], Tensor]] = {
-            "own": lambda g=graph, x=x, k=steps: g.diffuse(x, k),
-            "sparse": lambda g=graph, x=x, k=steps: g.loop(x, k, lambda z: g.W @ z),
-            "gather": lambda g=graph, x=x, k=steps: g.loop(x, k, g.gather),
-        }
+        gather_fits = graph.nnz * d * steps < 5e9  # autograd keeps every message
+
+        def own(backward: bool, g: Graph = graph, x: Tensor = x, k: int = steps, grad: Tensor = grad) -> None:
+            y = g.diffuse(x if backward else x.detach(), k)
+            if backward:
+                torch.autograd.grad(y, x, grad)
+
+        def sparse(backward: bool, g: Graph = graph, x: Tensor = x, k: int = steps, grad: Tensor = grad) -> None:
+            g.loop(x.detach(), k, lambda z: g.W @ z)
+            if backward:
+                g.loop(grad, k, lambda z: g.t_W @ z)
+
+        def gather(backward: bool, g: Graph = graph, x: Tensor = x, k: int = steps, grad: Tensor = grad) -> None:
+            y = g.loop(x if backward else x.detach(), k, g.gather)
+            if backward:
+                torch.autograd.grad(y, x, grad)
+
         for label, backward in (("forward", False), ("and backward", True)):
-            times: dict[str, float | None] = {}
-            for peer, run in runs.items():
-                if peer == "gather" and graph.nnz * d * steps > 5e9:  # autograd keeps every message
-                    times[peer] = None
-                    continue
-
-                def call(
-                    run: Callable[[], Tensor] = run, backward: bool = backward, x: Tensor = x, grad: Tensor = grad
-                ) -> None:
-                    if backward:
-                        torch.autograd.grad(run(), x, grad)
-                    else:
-                        with torch.no_grad():
-                            run()
-
-                times[peer] = attempt(call)
-            own = times["own"] or float("nan")
-            share = (2 if backward else 1) * traffic / own / rate
-            table.add(
-                name,
-                n,
-                graph.nnz,
-                d,
-                steps,
-                label,
-                f"{1e6 * own:.0f}",
-                f"{100 * share:.0f}%",
-                ratio(times["sparse"], own),
-                ratio(times["gather"], own),
-            )
+            time = seconds(partial(own, backward))
+            peers = [attempt(partial(sparse, backward)), attempt(partial(gather, backward)) if gather_fits else None]
+            share = (2 if backward else 1) * traffic / time / rate
+            figures = (f"{1e6 * time:.0f}", f"{100 * share:.0f}%", *(ratio(peer, time) for peer in peers))
+            table.add(name, n, graph.nnz, d, steps, label, *figures)
     table.notes.append("of copy above 100%: from the second-level cache or shared memory")
     table.print()
 
@@ -213,6 +204,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench_graph_cuda.py: torch sees no CUDA device")
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", message="Sparse")  # torch's, about its own state
     rate = copy_rate()
     print(f"{torch.cuda.get_device_name(0)}, device copy {rate / 1e12:.2f} TB/s")
     if "product" in wanted:

@@ -25,7 +25,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -221,9 +220,9 @@ def prepare(spec: harness.Spec) -> tuple[harness.Measure, dict[str, Any]]:
         return result
 
     def measure(_: str) -> dict[str, Any]:
-        resident, started = _reset_peak(), time.perf_counter()
+        resident, started = machine.forget_peak_memory(), time.perf_counter()
         result = once()
-        result["megabytes"] = _peak() - resident
+        result["megabytes"] = machine.peak_memory() - resident
         while time.perf_counter() - started < LEAST_SECONDS:
             result = least_of(result, once())
         return result
@@ -235,25 +234,6 @@ def least_of(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new` beside what is known already, with the smaller of two times."""
     timed = [name for name in new if name in old and (name == "setup" or name.startswith("solve"))]
     return old | new | {name: min(old[name], new[name]) for name in timed}
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
-def _reset_peak() -> float:
-    """Forget the largest size of the process so far; its present one, in MB."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    return 0.0
-
-
-def _peak() -> float:
-    with suppress(OSError):
-        return _status("VmHWM")
-    return 0.0
 
 
 # --- the runner ---

@@ -18,26 +18,15 @@
 #include <cmath>
 #include <exception>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "graph/knn_scan.h"
+#include "graph/knn_selection.h"
 
 namespace kantor {
 namespace {
-
-template <class T>
-struct Ranked {
-  double squared_distance;
-  int32_t index;
-  T score;
-  bool operator<(const Ranked& other) const {
-    return squared_distance < other.squared_distance ||
-           (squared_distance == other.squared_distance && index < other.index);
-  }
-};
 
 // Sizes. Nothing of the result depends on them.
 template <class T>
@@ -73,10 +62,10 @@ struct Lists {
   Ranked<T>* ranked;
 };
 
-// The workspace, cut up; with a null pointer, how much it takes.
+// The workspace, cut up; from address 0, how much it takes.
 template <class T>
 struct Workspace {
-  char* begin;
+  uintptr_t begin = 0;
   int64_t used = 0;
 
   template <class Element>
@@ -114,63 +103,6 @@ KANTOR_SIMD void add_rows(int64_t rows, int64_t d, const T* x, double* sums, dou
     }
     *largest = std::max(*largest, static_cast<double>(most));
   }
-}
-
-template <class T>
-KANTOR_SIMD void rank(int64_t d, const T* x, int64_t i, int64_t count, const int32_t* index, const T* score,
-                      Ranked<T>* ranked) {
-  for (int64_t m = 0; m < count; ++m)
-    ranked[m] = {squared_distance(d, x + i * d, x + index[m] * d), index[m], score[m]};
-}
-
-// S_ij - 2 g s_j, and -infinity for i itself and up to a multiple of 16.
-template <class T>
-KANTOR_SIMD void lower_scores(int64_t count, const T* score, const int32_t* index, const T* starts, T factor, int64_t i,
-                              T* lower) {
-  for (int64_t m = 0; m < count; ++m) {
-    const T value = score[m] + factor * starts[index[m]];
-    lower[m] = index[m] == i ? -std::numeric_limits<T>::infinity() : value;
-  }
-  for (int64_t m = count; m % 16 != 0; ++m) lower[m] = -std::numeric_limits<T>::infinity();
-}
-
-// A number that at least k of the values reach, and as a rule few more: bisection, which unlike a partial sort has no
-// branch that depends on a value. The lowest number where there are not more than k.
-template <class T>
-KANTOR_SIMD T low_threshold(int64_t count, const T* values, int64_t k) {
-  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  const Integer padded = static_cast<Integer>((count + 15) / 16 * 16), wanted = static_cast<Integer>(k);
-  T low = std::numeric_limits<T>::max(), high = std::numeric_limits<T>::lowest();
-  for (Integer m = 0; m < padded; ++m) {
-    low = values[m] < low && values[m] >= std::numeric_limits<T>::lowest() ? values[m] : low;
-    high = values[m] > high ? values[m] : high;
-  }
-  Integer reached = 0;
-  for (Integer m = 0; m < padded; ++m) reached += values[m] >= low;
-  if (reached <= wanted) return std::numeric_limits<T>::lowest();
-  for (int halvings = 0; halvings < 40 && reached > wanted + wanted / 8; ++halvings) {
-    const T middle = low + (high - low) / 2;
-    Integer above = 0;
-    for (Integer m = 0; m < padded; ++m) above += values[m] >= middle;
-    const bool enough = above >= wanted;
-    low = enough ? middle : low;
-    high = enough ? high : middle;
-    reached = enough ? above : reached;
-  }
-  return low;
-}
-
-// Keeps those that reach the threshold, without i; returns how many.
-template <class T>
-int32_t drop_below(int64_t count, T threshold, int64_t i, T* score, int32_t* index) {
-  int32_t kept = 0;
-  for (int64_t m = 0; m < count; ++m) {
-    const bool keep = (score[m] >= threshold) & (index[m] != i);
-    score[kept] = score[m];
-    index[kept] = index[m];
-    kept += keep;
-  }
-  return kept;
 }
 
 template <class T>
@@ -221,21 +153,25 @@ class Search {
     scan.partial = lists.partial;
     scan.threshold = lists.threshold, scan.count = lists.count;
     scan.score = lists.score, scan.index = lists.index, scan.capacity = plan_.capacity();
+    scan.limit = static_cast<int32_t>(plan_.limit);
     std::fill(lists.count, lists.count + scan.rows, 0);
     std::fill(lists.threshold, lists.threshold + rows, std::numeric_limits<T>::lowest());
     std::fill(lists.threshold + rows, lists.threshold + scan.rows, std::numeric_limits<T>::infinity());
-    for (int64_t panel = 0; panel < plan_.panels; ++panel) {
-      if (panel % 64 == 0 && stop()) return;
+    const int64_t own = first / width;
+    for (int64_t step = 0; step < plan_.panels; ++step) {
+      if (step % 64 == 0 && stop()) return;
+      const int64_t panel = (own + step) % plan_.panels;  // where points are sorted, the near ones come first
       scan.first_candidate = static_cast<int32_t>(panel * width);
       scan.start = starts_ + panel * width;
+      bool some_long = false;
       for (int64_t c = 0; c < plan_.d; c += scan.columns) {
         scan.columns = std::min(plan_.columns, plan_.d - c);
         scan.first = c == 0, scan.last = c + scan.columns == plan_.d;
-        scan.points = packed_ + first / width * plan_.panel_stride + c * width;
+        scan.points = packed_ + own * plan_.panel_stride + c * width;
         scan.panel = packed_ + panel * plan_.panel_stride + c * width;
-        scan_columns(scan);
+        some_long = scan_columns(scan);
       }
-      for (int64_t row = 0; row < rows; ++row)
+      for (int64_t row = 0; some_long && row < rows; ++row)
         if (lists.count[row] > plan_.limit) shorten(first + row, row, lists);
     }
     for (int64_t row = 0; row < rows; ++row) finish(first + row, row, lists);
@@ -293,7 +229,7 @@ class Search {
     Ranked<T>* ranked = lists.ranked;
     const int64_t at = row * plan_.capacity();
     rank(plan_.d, x_, i, count, lists.index + at, lists.score + at, ranked);
-    std::partial_sort(ranked, ranked + found, ranked + count);
+    sort(ranked, ranked + count);
     for (int64_t m = 0; m < plan_.k; ++m) {
       index_[i * plan_.k + m] = m < found ? ranked[m].index : -1;
       distance_[i * plan_.k + m] =
@@ -323,7 +259,7 @@ KnnScanFunction<T> scan_function([[maybe_unused]] int widest) {
 template <class T>
 int64_t knn_workspace_bytes_cpu(int64_t n, int64_t d, int64_t k, int threads) {
   const Plan<T> plan(n, d, k, threads);
-  Workspace<T> workspace{nullptr};
+  Workspace<T> workspace;
   workspace.take_packed(plan);
   workspace.take_starts(plan);
   workspace.take_sums(plan);
@@ -335,7 +271,7 @@ template <class T>
 bool knn_cpu(const Exec& exec, int64_t n, int64_t d, const T* x, int64_t k, int32_t* index, T* distance,
              void* workspace, const std::function<bool()>& interrupted, int widest) {
   const Plan<T> plan(n, d, k, exec.threads);
-  Workspace<T> space{static_cast<char*>(workspace)};
+  Workspace<T> space{reinterpret_cast<uintptr_t>(workspace)};
   Search<T> search(plan, x, index, distance, space);
   search.pack(space.take_sums(plan));
   std::vector<Lists<T>> lists;

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "graph/knn_kernels.h"
+#include "graph/knn_rank_kernels.h"
 
 namespace kantor {
 namespace {

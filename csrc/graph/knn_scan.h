@@ -10,7 +10,7 @@ inline constexpr int knn_panel_width = 128 / sizeof(T);
 
 // Scores of a block of points against one panel of candidates, from some of the columns: start_j + sum_c x_ic y_jc.
 // With the last columns, those that reach their point's threshold are appended to its list. A list has `capacity`
-// places, of which knn_panel_width are free.
+// places, of which knn_panel_width are free; returned is whether one of them now holds more than `limit`.
 template <class T>
 struct KnnScan {
   const T* points;       // whole panels (column, lane) from the first of these columns on
@@ -27,10 +27,11 @@ struct KnnScan {
   T* score;            // (rows, capacity)
   int32_t* index;
   int64_t capacity;
+  int32_t limit;
 };
 
 template <class T>
-using KnnScanFunction = void (*)(const KnnScan<T>&);
+using KnnScanFunction = bool (*)(const KnnScan<T>&);
 
 // By instruction set; only to be called where the processor has it.
 template <class T>

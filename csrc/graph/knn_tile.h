@@ -15,9 +15,10 @@ namespace {
 // One vector of candidates is read for `rows` multiply-adds, whose other operand is broadcast from memory; the scores
 // are compared in registers, and only those of a row that has a survivor are written.
 template <class Isa>
-KANTOR_TARGET void scan_panel(const KnnScan<typename Isa::Element>& scan) {
+KANTOR_TARGET bool scan_panel(const KnnScan<typename Isa::Element>& scan) {
   using T = typename Isa::Element;
   constexpr int width = knn_panel_width<T>, vectors = width / Isa::lanes, rows = Isa::rows;
+  bool some_long = false;
   for (int64_t row = 0; row < scan.rows; row += rows) {
     const T* x = scan.points + row / width * scan.panel_stride + row % width;
     const T* y = scan.panel;
@@ -57,8 +58,10 @@ KANTOR_TARGET void scan_panel(const KnnScan<typename Isa::Element>& scan) {
         scan.index[(row + r) * scan.capacity + count] = scan.first_candidate + lane;
       }
       scan.count[row + r] = count;
+      some_long |= count > scan.limit;
     }
   }
+  return some_long;
 }
 
 }  // namespace

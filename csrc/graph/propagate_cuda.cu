@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "graph/propagate_kernels.h"
+#include "graph/resident_kernel.h"
 
 namespace kantor {
 namespace {
