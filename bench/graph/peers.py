@@ -86,19 +86,20 @@ def cora() -> Sparse:
 
 
 def best(calls: Sequence[Callable[[], object]], repeats: int, limit: float = 20.0) -> list[float]:
-    """Least seconds of each call; they take turns, so that all meet the same machine."""
+    """Least seconds of each call; they take turns, so that all meet the same machine. Short ones are repeated more."""
     for call in calls:
         call()
-    seconds: list[list[float]] = [[] for _ in calls]
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        for call, taken in zip(calls, seconds, strict=True):
+    least = [float("inf")] * len(calls)
+    begin, count = time.perf_counter(), 0
+    while count < repeats or time.perf_counter() - begin < 1.0:
+        for k, call in enumerate(calls):
             start = time.perf_counter()
             call()
-            taken.append(time.perf_counter() - start)
+            least[k] = min(least[k], time.perf_counter() - start)
+        count += 1
         if time.perf_counter() - begin > limit:
             break
-    return [min(taken) for taken in seconds]
+    return least
 
 
 def copy_rate(megabytes: int = 256) -> float:
