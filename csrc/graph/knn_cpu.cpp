@@ -92,14 +92,15 @@ struct Workspace {
   }
 };
 
-// sums += rows, largest = max |x|; a NaN is passed over, it shows in the sums.
+// sums += rows, largest = max |x|, of what is finite.
 template <class T>
 KANTOR_SIMD void add_rows(int64_t rows, int64_t d, const T* x, double* sums, double* largest) {
   for (int64_t i = 0; i < rows; ++i, x += d) {
     T most = 0;
     for (int64_t c = 0; c < d; ++c) {
-      sums[c] += static_cast<double>(x[c]);
-      most = std::abs(x[c]) > most ? std::abs(x[c]) : most;
+      const T value = std::abs(x[c]) <= std::numeric_limits<T>::max() ? x[c] : T(0);
+      sums[c] += static_cast<double>(value);
+      most = std::abs(value) > most ? std::abs(value) : most;
     }
     *largest = std::max(*largest, static_cast<double>(most));
   }
@@ -225,11 +226,14 @@ class Search {
 
   void finish(int64_t i, int64_t row, const Lists<T>& lists) {
     shorten(i, row, lists);
-    const int64_t count = lists.count[row], found = std::min(count, plan_.k);
+    const int64_t count = lists.count[row];
     Ranked<T>* ranked = lists.ranked;
     const int64_t at = row * plan_.capacity();
     rank(plan_.d, x_, i, count, lists.index + at, lists.score + at, ranked);
     sort(ranked, ranked + count);
+    int64_t found = 0;
+    while (found < std::min(count, plan_.k) && ranked[found].squared_distance <= std::numeric_limits<double>::max())
+      ++found;
     for (int64_t m = 0; m < plan_.k; ++m) {
       index_[i * plan_.k + m] = m < found ? ranked[m].index : -1;
       distance_[i * plan_.k + m] =

@@ -10,8 +10,15 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from importlib.metadata import version as _distribution_version
 
-from kantor import _C, cuda, linalg, optim, transport
-from kantor._errors import BackendUnavailable, ConvergenceError, KantorError, NumericalBreakdown
+from kantor import _C, cuda, graph, linalg, nn, optim, transport
+from kantor._errors import (
+    BackendUnavailable,
+    ConvergenceError,
+    ConvergenceWarning,
+    KantorError,
+    NumericalBreakdown,
+    StabilityError,
+)
 
 __version__: str = _C.__version__
 
@@ -24,11 +31,15 @@ if _distribution_version("kantor") != __version__:
 __all__ = [
     "BackendUnavailable",
     "ConvergenceError",
+    "ConvergenceWarning",
     "KantorError",
     "NumericalBreakdown",
+    "StabilityError",
     "__version__",
     "cuda",
+    "graph",
     "linalg",
+    "nn",
     "optim",
     "transport",
 ]

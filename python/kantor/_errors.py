@@ -30,3 +30,11 @@ class ConvergenceError(KantorError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.result)  # by itself pickle would pass the message alone
+
+
+class StabilityError(ValueError):
+    """An explicit step so long that the result would grow without bound; the message gives the largest safe one."""
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """An iterative method stopped short of its tolerance; its result says so too."""

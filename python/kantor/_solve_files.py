@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -203,8 +204,9 @@ def check_output(path: Path, suffixes: tuple[str, ...] = _VECTOR_SUFFIXES, input
         raise BadInputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def write_solution(path: Path, x: Array) -> None:
-    """Write ``x`` as ``.npy``, ``.mtx`` or ``.txt`` (all digits); the file appears whole or not at all.
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears whole or not at all.
 
     Raises
     ------
@@ -215,16 +217,28 @@ def write_solution(path: Path, x: Array) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:
-            if path.suffix.lower() == ".npy":
-                np.save(file, x)
-            elif path.suffix.lower() == ".txt":
-                np.savetxt(file, x, fmt="%.9g" if x.dtype == np.float32 else "%.17g")
-            else:
-                from scipy.io import mmwrite
-
-                mmwrite(file, x.reshape(-1, 1) if x.ndim == 1 else x, precision=9 if x.dtype == np.float32 else 17)
+            yield file
         partial.replace(path)
     except OSError as error:
         raise BadInputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_solution(path: Path, x: Array) -> None:
+    """Write ``x`` as ``.npy``, ``.mtx`` or ``.txt`` (all digits).
+
+    Raises
+    ------
+    BadInputError
+        The file cannot be written.
+    """
+    with whole_file(path) as file:
+        if path.suffix.lower() == ".npy":
+            np.save(file, x)
+        elif path.suffix.lower() == ".txt":
+            np.savetxt(file, x, fmt="%.9g" if x.dtype == np.float32 else "%.17g")
+        else:
+            from scipy.io import mmwrite
+
+            mmwrite(file, x.reshape(-1, 1) if x.ndim == 1 else x, precision=9 if x.dtype == np.float32 else 17)

@@ -6,16 +6,14 @@ expected, what was found and what to do.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kantor._solve_files import BadInputError, check_is_file
+from kantor._solve_files import BadInputError, check_is_file, whole_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -187,21 +185,6 @@ def _check_values(path: Path, array: Array, good: NDArray[np.bool_], expected: s
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears whole or not at all."""
-    path = path.resolve()  # what a link points to is replaced, not the link
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        raise BadInputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_image(path: Path, image: Array) -> None:
     """Write colours (h, w, 3) in [0, 1] with 8 bits a channel; the suffix chooses the format."""
     from PIL import Image
@@ -209,7 +192,7 @@ def write_image(path: Path, image: Array) -> None:
     pixels = np.rint(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
     name = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     options: dict[str, Any] = {} if name == "PNG" else {"quality": 95}
-    with _whole(path) as file:
+    with whole_file(path) as file:
         Image.fromarray(pixels).save(file, format=name, **options)
 
 
@@ -219,7 +202,7 @@ def write_map(path: Path, images: Array) -> None:
     if path.suffix.lower() == ".csv":
         digits = "%.9g" if images.dtype == np.float32 else "%.17g"
         write = lambda file, array: np.savetxt(file, array, fmt=digits, delimiter=",")  # noqa: E731 (one of two)
-    with _whole(path) as file:
+    with whole_file(path) as file:
         write(file, images)
 
 
@@ -230,5 +213,5 @@ def write_plan(path: Path, plan: Tensor) -> None:
     n, m = plan.shape
     parts = (plan.values(), plan.col_indices(), plan.crow_indices())
     matrix = scipy.sparse.csr_array(tuple(t.cpu().numpy() for t in parts), shape=(n, m))
-    with _whole(path) as file:
+    with whole_file(path) as file:
         scipy.sparse.save_npz(file, matrix)

@@ -1,4 +1,4 @@
-"""The command ``kantor``: ``info``, ``solve``, ``transport`` and ``demo`` (extra ``cli``).
+"""The command ``kantor``: ``info``, ``solve``, ``transport``, ``classify`` and ``demo`` (extra ``cli``).
 
 Exit codes: 0 solved, 1 not solved, 2 bad input (one message on stderr, no traceback), 130 interrupted.
 """
@@ -45,6 +45,7 @@ try:
     from rich.markup import escape
     from rich.table import Table
 
+    from kantor._classify_command import classify
     from kantor._transport_command import transport
 except ImportError as error:
     _missing: str | None = error.name
@@ -76,7 +77,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_version)
-    for command in (info, solve, transport, demo):
+    for command in (info, solve, transport, classify, demo):
         app.command()(command)
     return app
 

@@ -93,12 +93,14 @@ def test_a_far_point_spoils_nothing() -> None:
     agrees(x.float(), 6)
 
 
-def test_what_is_not_finite_has_no_neighbours() -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_has_no_neighbours_and_is_none(bad: float) -> None:
     x = normal(100, 4)
-    x[5, 2] = torch.nan
+    x[-1, 2] = bad
     index, distance = knn(x, 3)
-    assert (index[5] == -1).all()
-    assert distance[5].isnan().all()
+    assert (index[-1] == -1).all()
+    assert distance[-1].isnan().all()
+    assert torch.equal(index[:-1], knn(x[:-1], 3)[0])
 
 
 def test_no_derivative() -> None:

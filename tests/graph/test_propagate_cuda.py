@@ -56,7 +56,7 @@ def run(
     home = devices.home(device)
     with devices.on(device):
         rowptr, col = (t.to(home) for t in graph)
-        leaves = [t.to(home).requires_grad_(weights or t is x) for t in (edge, diagonal, x)]
+        leaves = [t.detach().to(home).requires_grad_(weights or t is x) for t in (edge, diagonal, x)]
         y = _native.propagate(rowptr, col, *leaves, *options)
         grad = normal(*y.shape, seed=4).to(home, y.dtype)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
