@@ -6,7 +6,8 @@ Cora is the citation graph (a random one of its size where the file is absent); 
 classes. `loop` is ``x = x - step * (L @ x)`` with torch.sparse CSR and int32 indices, `addmm` the same as one fused
 call, ``torch.addmm(x, L, x, alpha=-step)``, both on MKL. Backward is the gradient for x. `weights` adds gradients for
 all edges and for the diagonal; its peer gathers messages and adds them up (autograd has no such gradient for CSR here
-that is not slower). Least times, calls in turn; ratios say how many times longer the peer takes.
+that is not slower). Least times, processor time for one thread, calls in turn; ratios say how many times longer the
+peer takes.
 """
 
 from __future__ import annotations

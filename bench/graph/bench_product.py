@@ -7,7 +7,8 @@ usual gathering of messages (``index_add``) stand beside it. Near: columns withi
 of the nodes; random: anywhere. `floor` is the part of the bandwidth of a large copy in the same run that a product
 reaches, counting 8 bytes an entry, x once and y once; in random order more must be moved, and `gathered` counts a row
 of x for every entry. With --reused, torch's results are kept in memory already mapped: it starts itself anew with
-MALLOC_MMAP_THRESHOLD_. Least times, calls in turn; ratios say how many times longer the peer takes.
+MALLOC_MMAP_THRESHOLD_. Least times, processor time for one thread, calls in turn; ratios say how many times longer the
+peer takes.
 """
 
 from __future__ import annotations

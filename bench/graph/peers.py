@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,28 +85,28 @@ def cora() -> Sparse:
 
 
 def best(calls: Sequence[Callable[[], object]], repeats: int, limit: float = 20.0) -> list[float]:
-    """Least seconds of each call; they take turns, so that all meet the same machine."""
-    for call in calls:
-        call()
-    seconds: list[list[float]] = [[] for _ in calls]
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
+    """Least seconds of each call: processor time for one thread, which others on the machine disturb less, else real.
+
+    They take turns, so that all meet the same machine; short ones are repeated more. A turn is two calls, since the
+    first may have to wait for memory that the others have just given back.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    least = [float("inf")] * len(calls)
+    begin, count = time.perf_counter(), 0
+    while count < repeats or time.perf_counter() - begin < 1.0:
+        for k, call in enumerate(calls):
+            for _ in range(2):
+                start = clock()
+                call()
+                least[k] = min(least[k], clock() - start)
+        count += 1
         if time.perf_counter() - begin > limit:
             break
-    return [min(taken) for taken in seconds]
+    return least
 
 
 def copy_rate(megabytes: int = 256) -> float:
-    """Bytes a second that copying a large tensor reads and writes, with torch's threads; the median of five."""
+    """Bytes a second that copying a large tensor reads and writes, with torch's threads."""
     a = torch.zeros(megabytes << 20, dtype=torch.uint8)
     b = torch.empty_like(a).fill_(1)
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        b.copy_(a)
-        taken.append(time.perf_counter() - start)
-    return 2 * a.numel() / statistics.median(taken)
+    return 2 * a.numel() / best([lambda: b.copy_(a)], 5)[0]

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/dispatch.h"
+#include "bind/signals.h"
 #include "bind/tensor_caster.h"
 #include "graph/propagate.h"
 
@@ -29,6 +30,19 @@ T* read(const Tensor& tensor, int64_t size, const Tensor& rowptr, const char* na
 int64_t columns_of(const Tensor& x, const Pattern& pattern) {
   require(x.ndim == 2 && x.shape[0] == pattern.n, "x: expected shape (n, d) with the n nodes of the graph");
   return x.shape[1];
+}
+
+// run() without the GIL; false from it is Ctrl-C.
+template <class Run>
+void interruptible(Run&& run) {
+  bool finished;
+  {
+    py::gil_scoped_release nogil;
+    finished = run();
+  }
+  if (finished) return;
+  PyErr_SetNone(PyExc_KeyboardInterrupt);
+  throw py::error_already_set();
 }
 
 // (steps, teleport, dropout, seed, adjoint)
@@ -106,10 +120,11 @@ void bind_propagate(const Tensor& rowptr, const Tensor& col, const Tensor& edge,
     T* ys = read<T>(y, pattern.n * d, rowptr, "y");
     const Exec exec = exec_for(x, threads);
     T* work = read<T>(workspace, propagate_workspace(x, exec, recurrence, d), rowptr, "workspace");
-    py::gil_scoped_release nogil;
-    if constexpr (cuda_code_built)
-      if (use_cuda_code(x)) return propagate_cuda(exec, recurrence, d, xs, ys, work);
-    propagate_cpu(exec, recurrence, d, xs, ys, work);
+    interruptible([&] {
+      if constexpr (cuda_code_built)
+        if (use_cuda_code(x)) return propagate_cuda(exec, recurrence, d, xs, ys, work), true;
+      return propagate_cpu(exec, recurrence, d, xs, ys, work, SignalPoll());
+    });
   });
 }
 
@@ -147,11 +162,15 @@ void bind_propagate_gradients(const Tensor& rowptr, const Tensor& col, const Ten
       *out = read<T>(results[2], pattern.n * d, rowptr, "x gradient");
     const Exec exec = exec_for(x, threads);
     T* work = read<T>(workspace, propagate_gradients_workspace(x, exec, recurrence, d), rowptr, "workspace");
-    py::gil_scoped_release nogil;
-    if constexpr (cuda_code_built)
-      if (use_cuda_code(x))
-        return propagate_gradients_cuda(exec, recurrence, transpose, t_edge, d, xs, gs, edges, diagonals, out, work);
-    propagate_gradients_cpu(exec, recurrence, transpose, t_edge, d, xs, gs, edges, diagonals, out, work);
+    interruptible([&] {
+      if constexpr (cuda_code_built)
+        if (use_cuda_code(x)) {
+          propagate_gradients_cuda(exec, recurrence, transpose, t_edge, d, xs, gs, edges, diagonals, out, work);
+          return true;
+        }
+      return propagate_gradients_cpu(exec, recurrence, transpose, t_edge, d, xs, gs, edges, diagonals, out, work,
+                                     SignalPoll());
+    });
   });
 }
 

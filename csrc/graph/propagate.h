@@ -6,7 +6,7 @@
 //
 // with teleport a and dropout masks m_k (core/philox.h). The explicit diffusion block x <- x - step (deg x - W x) is
 // E = step W, D = 1 - step deg, a = 0 (T. Wang, Z. Dou, C. Bao, Z. Shi, "Diffusion mechanism in residual neural
-// network", 2024, eq. 7); personalised PageRank propagation has a > 0. The derivatives are
+// network", 2024); personalised PageRank propagation has a > 0. The derivatives are
 //
 //   dE_ij = sum_k <g_{k+1,i}, (m_k x_k)_j>,    dD_i = sum_k <g_{k+1,i}, (m_k x_k)_i>.
 //
@@ -14,6 +14,7 @@
 // one order, that of the row: the same bits for any number of threads.
 #pragma once
 #include <cstdint>
+#include <functional>
 
 #include "core/exec.h"
 
@@ -49,13 +50,16 @@ void edge_dot_cpu(const Exec& exec, const Pattern& pattern, int64_t d, const T* 
 template <class T>
 void edge_dot_cuda(const Exec& exec, const Pattern& pattern, int64_t d, const T* a, const T* b, T* out);
 
-// y = the recurrence's result for x; K = 0 copies. The workspace has propagate_workspace_*(...) elements of T, at most
-// 2 n d. Traffic: x and y once, and per step 8 bytes an entry for each tile of columns and 2 n d words, which come
-// from the second-level cache where two tiles fit into it.
+// y = the recurrence's result for x; K = 0 copies. The workspace has propagate_workspace_*(...) elements of T: for each
+// thread, or for all together, two tiles of columns, 2 n d at most (narrow ones are padded to a power of two). On the
+// CPU the calling thread asks `interrupted` about every step; where that says so, the result is false. Traffic: x and y
+// once, and per step 8 bytes an entry for each tile of columns and 2 n d words, which come from the second-level cache
+// where two tiles fit into it.
 template <class T>
 int64_t propagate_workspace_cpu(const Exec& exec, const Recurrence<T>& recurrence, int64_t d);
 template <class T>
-void propagate_cpu(const Exec& exec, const Recurrence<T>& recurrence, int64_t d, const T* x, T* y, T* workspace);
+bool propagate_cpu(const Exec& exec, const Recurrence<T>& recurrence, int64_t d, const T* x, T* y, T* workspace,
+                   const std::function<bool()>& interrupted);
 template <class T>
 int64_t propagate_workspace_cuda(const Exec& exec, const Recurrence<T>& recurrence, int64_t d);
 template <class T>
@@ -63,13 +67,15 @@ void propagate_cuda(const Exec& exec, const Recurrence<T>& recurrence, int64_t d
 
 // Given x and g = g_K: edge_gradient (nnz), diagonal_gradient (n), and x_gradient (n, d), the adjoint's result.
 // `recurrence` is the forward one (adjoint = false); `transpose` and `t_edge` are E'. States are computed anew from
-// about sqrt(K) checkpoints, one tile of columns at a time: O(n tile sqrt(K)) memory.
+// about sqrt(K) checkpoints, one tile of columns at a time: O(n tile sqrt(K)) memory, with tiles as narrow as keeps it
+// near 2 n d, but 8 columns at least. Three sweeps of K steps, and as many dot products as edge_dot takes for K d
+// columns.
 template <class T>
 int64_t propagate_gradients_workspace_cpu(const Exec& exec, const Recurrence<T>& recurrence, int64_t d);
 template <class T>
-void propagate_gradients_cpu(const Exec& exec, const Recurrence<T>& recurrence, const Pattern& transpose,
+bool propagate_gradients_cpu(const Exec& exec, const Recurrence<T>& recurrence, const Pattern& transpose,
                              const T* t_edge, int64_t d, const T* x, const T* g, T* edge_gradient, T* diagonal_gradient,
-                             T* x_gradient, T* workspace);
+                             T* x_gradient, T* workspace, const std::function<bool()>& interrupted);
 template <class T>
 int64_t propagate_gradients_workspace_cuda(const Exec& exec, const Recurrence<T>& recurrence, int64_t d);
 template <class T>

@@ -17,8 +17,8 @@ bool goes_through_result(const Recurrence<T>& r, const Tiling& tiling, int64_t d
 
 // All steps of a tile of columns, from `first` on, by one crew.
 template <class T>
-void propagate_tile(const Crew& crew, const Recurrence<T>& r, const Tiling& tiling, int64_t d, int64_t first,
-                    const T* x, T* y, T* workspace) {
+void propagate_tile(Crew& crew, const Recurrence<T>& r, const Tiling& tiling, int64_t d, int64_t first, const T* x,
+                    T* y, T* workspace) {
   const int64_t n = r.pattern.n, columns = std::min(tiling.width, d - first), width = width_for<T>(columns);
   const Dropout<T> dropout(r.dropout, r.seed), none;
   const Range rows = rows_of(r.pattern, crew.worker, crew.workers);
@@ -40,12 +40,12 @@ void propagate_tile(const Crew& crew, const Recurrence<T>& r, const Tiling& tili
   }
   // The last step writes into y; those before it alternate, and b may be y.
   const auto target_of = [&](int64_t k) { return (r.steps - 1 - k) % 2 == 0 ? b : a; };
-  const bool scattered_rows = tiling.cached && d != width && r.steps > 1;
-  if (scattered_rows || columns < width || (dropout.active() && !r.adjoint)) {
+  const bool apart = tiling.cached && d != width && r.steps > 1;  // rows of x are, those of a tile that stays are not
+  if (apart || columns < width || (dropout.active() && !r.adjoint)) {
     const Rows<T> packed = target_of(1);
     pack_rows(source, columns, width, r.adjoint ? none : dropout, 0, first, packed, rows);
     step.source = {packed.data, packed.stride};
-    crew.wait();
+    if (!crew.wait()) return;
   }
   for (int64_t k = 0; k < r.steps; ++k) {
     step.last = k + 1 == r.steps;
@@ -54,7 +54,7 @@ void propagate_tile(const Crew& crew, const Recurrence<T>& r, const Tiling& tili
     step.mask_step = r.adjoint ? r.steps - 1 - k : k + 1;
     if (step.last && !r.adjoint) step.dropout = none;
     step_rows(step, rows);
-    crew.wait();
+    if (!crew.wait()) return;
     step.source = {step.target.data, step.target.stride};
   }
 }
@@ -64,7 +64,7 @@ void propagate_tile(const Crew& crew, const Recurrence<T>& r, const Tiling& tili
 template <class T>
 int64_t propagate_workspace_cpu(const Exec& exec, const Recurrence<T>& r, int64_t d) {
   if (r.pattern.n == 0 || d == 0 || r.steps == 0) return 0;
-  const Tiling tiling = tiling_of<T>(exec, r.pattern, r.steps, d);
+  const Tiling tiling = tiling_of<T>(exec, r.pattern, r.steps, d, max_width<T>, true);
   int64_t widest = 0;  // over the first and the last tile
   for (const int64_t columns : {std::min(d, tiling.width), (d - 1) % tiling.width + 1}) {
     const int64_t width = width_for<T>(columns);
@@ -74,25 +74,26 @@ int64_t propagate_workspace_cpu(const Exec& exec, const Recurrence<T>& r, int64_
 }
 
 template <class T>
-void propagate_cpu(const Exec& exec, const Recurrence<T>& r, int64_t d, const T* x, T* y, T* workspace) {
+bool propagate_cpu(const Exec& exec, const Recurrence<T>& r, int64_t d, const T* x, T* y, T* workspace,
+                   const std::function<bool()>& interrupted) {
   const int64_t n = r.pattern.n;
-  if (n == 0 || d == 0) return;
-  if (r.steps == 0) {
+  if (n == 0 || d == 0 || r.steps == 0) {
     std::copy_n(x, n * d, y);
-    return;
+    return true;
   }
-  const Tiling tiling = tiling_of<T>(exec, r.pattern, r.steps, d);
+  const Tiling tiling = tiling_of<T>(exec, r.pattern, r.steps, d, max_width<T>, true);
   const int64_t size = propagate_workspace_cpu(exec, r, d);
   advise_huge_pages(y, static_cast<size_t>(n * d) * sizeof(T));
   advise_huge_pages(workspace, static_cast<size_t>(size) * sizeof(T));
-  for_each_item(tiling, tiling.count(d), [&](const Crew& crew, int64_t tile) {
-    propagate_tile(crew, r, tiling, d, tile * tiling.width, x, y, workspace + crew.index * (size / tiling.crews));
+  return for_each_item(tiling, tiling.count(d), interrupted, [&](Crew& crew, int index, int64_t tile) {
+    propagate_tile(crew, r, tiling, d, tile * tiling.width, x, y, workspace + index * (size / tiling.crews));
   });
 }
 
-#define KANTOR_INSTANTIATE(T)                                                           \
-  template int64_t propagate_workspace_cpu(const Exec&, const Recurrence<T>&, int64_t); \
-  template void propagate_cpu(const Exec&, const Recurrence<T>&, int64_t, const T*, T*, T*);
+#define KANTOR_INSTANTIATE(T)                                                               \
+  template int64_t propagate_workspace_cpu(const Exec&, const Recurrence<T>&, int64_t);     \
+  template bool propagate_cpu(const Exec&, const Recurrence<T>&, int64_t, const T*, T*, T*, \
+                              const std::function<bool()>&);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
 #undef KANTOR_INSTANTIATE

@@ -28,22 +28,31 @@ struct Plan {
 template <class T>
 Plan plan_of(const Exec& exec, const Recurrence<T>& r, int64_t d) {
   constexpr int64_t line = line_bytes / sizeof(T);
-  Plan plan{tiling_of<T>(exec, r.pattern, 4 * r.steps, d, line), 0, 0, 0, 0, 0};
-  const int64_t width = plan.tiling.width;
-  plan.groups = std::min(most_groups, plan.tiling.count(d));
+  const int64_t n = r.pattern.n, nnz = r.pattern.nnz;
+  Plan plan{};
   plan.length = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(r.steps))));
   plan.segments = (r.steps + plan.length - 1) / plan.length;
+  // Two lines a row, less where a tile would take more than 2 n d numbers.
+  const int64_t columns = 2 * plan.length + plan.segments - 1;
+  int64_t widest = 2 * line;
+  while (widest > 8 && widest * columns > 2 * d) widest /= 2;
+  plan.tiling = tiling_of<T>(exec, r.pattern, 4 * r.steps, d, widest, false);
+  const int64_t width = plan.tiling.width;
   plan.stride = plan.length * width;
   // An odd number of cache lines: otherwise the steps of a segment compete for a part of the cache's sets.
   if (plan.stride % (2 * line) == 0) plan.stride += line;
-  plan.tile_size = r.pattern.n * (2 * plan.stride + (plan.segments - 1) * width);
+  plan.tile_size = n * (2 * plan.stride + (plan.segments - 1) * width);
+  // Threads share one tile where each with its own would take too much.
+  if (plan.tiling.crews * plan.tile_size > 2 * n * d) plan.tiling.share_tiles(r.pattern);
+  const int64_t affordable = std::max<int64_t>(1, n * d / (2 * (nnz + n)));
+  plan.groups = std::min({most_groups, plan.tiling.count(d), affordable});
   return plan;
 }
 
 template <class T>
-void gradients_of_tile(const Crew& crew, const Recurrence<T>& r, const Pattern& transpose, const T* t_edge,
-                       const Plan& plan, int64_t d, int64_t first, const T* x, const T* g, T* edge_gradient,
-                       T* diagonal_gradient, T* x_gradient, T* workspace) {
+void gradients_of_tile(Crew& crew, const Recurrence<T>& r, const Pattern& transpose, const T* t_edge, const Plan& plan,
+                       int64_t d, int64_t first, const T* x, const T* g, T* edge_gradient, T* diagonal_gradient,
+                       T* x_gradient, T* workspace) {
   const int64_t n = r.pattern.n, columns = std::min(plan.tiling.width, d - first), width = plan.tiling.width;
   const Dropout<T> dropout(r.dropout, r.seed), none;
   const Range rows = rows_of(r.pattern, crew.worker, crew.workers);
@@ -88,7 +97,7 @@ void gradients_of_tile(const Crew& crew, const Recurrence<T>& r, const Pattern& 
   };
 
   begin_segment(0);
-  crew.wait();
+  if (!crew.wait()) return;
   for (int64_t k = 0; k + 1 < r.steps; ++k) {
     if ((k + 1) % plan.length == 0) {
       advance(k, checkpoint(k + 1));
@@ -96,26 +105,32 @@ void gradients_of_tile(const Crew& crew, const Recurrence<T>& r, const Pattern& 
     } else {
       advance(k, state(k + 1));
     }
-    crew.wait();
+    if (!crew.wait()) return;
   }
   pack_rows<T>({g + first, d}, columns, width, none, 0, first, gradient(r.steps - 1), rows);
   for (int64_t segment = plan.segments - 1; segment >= 0; --segment) {
     const int64_t begin = segment * plan.length, end = std::min(r.steps, begin + plan.length);
     if (segment + 1 < plan.segments) {
       begin_segment(begin);
-      crew.wait();
-      for (int64_t k = begin; k + 1 < end; ++k) advance(k, state(k + 1)), crew.wait();
-    } else {
-      crew.wait();
+      if (!crew.wait()) return;
+      for (int64_t k = begin; k + 1 < end; ++k) {
+        advance(k, state(k + 1));
+        if (!crew.wait()) return;
+      }
+    } else if (!crew.wait()) {
+      return;
     }
-    for (int64_t k = end - 1; k > begin; --k) retreat(k, gradient(k - 1)), crew.wait();
+    for (int64_t k = end - 1; k > begin; --k) {
+      retreat(k, gradient(k - 1));
+      if (!crew.wait()) return;
+    }
     dot_rows(r.pattern, (end - begin) * width, constant(gradient(begin)), constant(state(begin)), rows, true,
              edge_gradient, diagonal_gradient);
-    crew.wait();
+    if (!crew.wait()) return;
     back.last = begin == 0;
     back.stored = begin == 0 ? columns : width;
     retreat(begin, begin == 0 ? result : gradient(begin - 1));
-    crew.wait();
+    if (!crew.wait()) return;
   }
 }
 
@@ -139,15 +154,15 @@ int64_t propagate_gradients_workspace_cpu(const Exec& exec, const Recurrence<T>&
 }
 
 template <class T>
-void propagate_gradients_cpu(const Exec& exec, const Recurrence<T>& r, const Pattern& transpose, const T* t_edge,
+bool propagate_gradients_cpu(const Exec& exec, const Recurrence<T>& r, const Pattern& transpose, const T* t_edge,
                              int64_t d, const T* x, const T* g, T* edge_gradient, T* diagonal_gradient, T* x_gradient,
-                             T* workspace) {
+                             T* workspace, const std::function<bool()>& interrupted) {
   const int64_t n = r.pattern.n, nnz = r.pattern.nnz;
   if (n == 0 || d == 0 || r.steps == 0) {
     std::copy_n(g, n * d, x_gradient);
     std::fill_n(edge_gradient, nnz, T(0));
     std::fill_n(diagonal_gradient, n, T(0));
-    return;
+    return true;
   }
   const Plan plan = plan_of(exec, r, d);
   const int64_t size = propagate_gradients_workspace_cpu(exec, r, d), tiles = plan.tiling.count(d);
@@ -155,7 +170,7 @@ void propagate_gradients_cpu(const Exec& exec, const Recurrence<T>& r, const Pat
   advise_huge_pages(x_gradient, static_cast<size_t>(n * d) * sizeof(T));
   T* const edge_parts = workspace + plan.tiling.crews * plan.tile_size;
   T* const diagonal_parts = edge_parts + plan.groups * nnz;
-  for_each_item(plan.tiling, plan.groups, [&](const Crew& crew, int64_t group) {
+  const bool finished = for_each_item(plan.tiling, plan.groups, interrupted, [&](Crew& crew, int index, int64_t group) {
     T *const edge_part = edge_parts + group * nnz, *const diagonal_part = diagonal_parts + group * n;
     const Range rows = rows_of(r.pattern, crew.worker, crew.workers);
     std::fill(edge_part + r.pattern.rowptr[rows.begin], edge_part + r.pattern.rowptr[rows.end], T(0));
@@ -163,8 +178,9 @@ void propagate_gradients_cpu(const Exec& exec, const Recurrence<T>& r, const Pat
     const Range mine = share(tiles, static_cast<int>(group), static_cast<int>(plan.groups));
     for (int64_t tile = mine.begin; tile < mine.end; ++tile)
       gradients_of_tile(crew, r, transpose, t_edge, plan, d, tile * plan.tiling.width, x, g, edge_part, diagonal_part,
-                        x_gradient, workspace + crew.index * plan.tile_size);
+                        x_gradient, workspace + index * plan.tile_size);
   });
+  if (!finished) return false;
   const auto reduce = [&](int64_t count, const T* parts, T* out) {
     const Chunks chunks{count};
     parallel_for(threads_for(exec.threads, count * plan.groups), chunks.count(),
@@ -172,12 +188,13 @@ void propagate_gradients_cpu(const Exec& exec, const Recurrence<T>& r, const Pat
   };
   reduce(nnz, edge_parts, edge_gradient);
   reduce(n, diagonal_parts, diagonal_gradient);
+  return true;
 }
 
 #define KANTOR_INSTANTIATE(T)                                                                                 \
   template int64_t propagate_gradients_workspace_cpu(const Exec&, const Recurrence<T>&, int64_t);             \
-  template void propagate_gradients_cpu(const Exec&, const Recurrence<T>&, const Pattern&, const T*, int64_t, \
-                                        const T*, const T*, T*, T*, T*, T*);
+  template bool propagate_gradients_cpu(const Exec&, const Recurrence<T>&, const Pattern&, const T*, int64_t, \
+                                        const T*, const T*, T*, T*, T*, T*, const std::function<bool()>&);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
 #undef KANTOR_INSTANTIATE

@@ -218,14 +218,11 @@ template <class T>
 void step_rows(const Step<T>& step, Range rows) {
   if (rows.size() == 0) return;
   switch_width<T>(step.width, [&]<int width>() {
-    switch (step.fetch.mode) {
-      case Fetch::none:
-        return step_rows_of<T, width, Fetch::none>(step, rows);
-      case Fetch::near:
-        return step_rows_of<T, width, Fetch::near>(step, rows);
-      case Fetch::far:
-        return step_rows_of<T, width, Fetch::far>(step, rows);
+    if constexpr (width * sizeof(T) >= 32) {  // many narrow rows share a line: not worth code of their own
+      if (step.fetch.mode == Fetch::near) return step_rows_of<T, width, Fetch::near>(step, rows);
+      if (step.fetch.mode == Fetch::far) return step_rows_of<T, width, Fetch::far>(step, rows);
     }
+    step_rows_of<T, width, Fetch::none>(step, rows);
   });
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -329,6 +332,18 @@ def test_memory_does_not_grow_with_steps(n: int, d: int, steps: int, adjoint: bo
     edge, diagonal, x = torch.zeros(0), torch.zeros(n), torch.empty(n, d)
     size = _C.propagate_workspace(rowptr, col, edge, diagonal, x, (steps, 0.1, 0.5, 0, adjoint), 2)
     assert size <= 2 * n * d
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("n", "d"), [(300, 200), (50_000, 64)])
+def test_interruption(n: int, d: int, count: int) -> None:
+    """Ctrl-C ends a call that would take minutes."""
+    rowptr, col, edge, diagonal, x = problem(n, d, F32)
+    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with threads(count), pytest.raises(KeyboardInterrupt):
+        timer.start()
+        _native.propagate(rowptr, col, edge, diagonal, x, 2**20 if n > 1000 else 2**24)
+    timer.join()
 
 
 def test_errors() -> None:
