@@ -162,6 +162,7 @@ class Search {
     for (int64_t step = 0; step < plan_.panels; ++step) {
       if (step % 64 == 0 && stop()) return;
       const int64_t panel = (own + step) % plan_.panels;  // where points are sorted, the near ones come first
+      if (panel == 0) reopen(first, rows, lists);
       scan.first_candidate = static_cast<int32_t>(panel * width);
       scan.start = starts_ + panel * width;
       bool some_long = false;
@@ -173,8 +174,9 @@ class Search {
         some_long = scan_columns(scan);
       }
       for (int64_t row = 0; some_long && row < rows; ++row)
-        if (lists.count[row] > plan_.limit) shorten(first + row, row, lists);
+        if (lists.count[row] > plan_.limit) shorten(first + row, row, lists, scan.first_candidate + width);
     }
+    reopen(first, rows, lists);
     for (int64_t row = 0; row < rows; ++row) finish(first + row, row, lists);
   }
 
@@ -204,9 +206,22 @@ class Search {
     return static_cast<T>(std::max<double>(std::numeric_limits<T>::lowest(), rounded));
   }
 
+  // The threshold of point i while its k-th nearest is so far away, or nearer.
+  T threshold_for(int64_t i, double distance) const {
+    const double slack = 2 * (g_ * square(i) + tiny_);
+    return below((square(i) - distance * distance * (1 + 1e-15)) / 2 - slack);
+  }
+
+  // Rows that were closed by `shorten`.
+  void reopen(int64_t first, int64_t rows, const Lists<T>& lists) {
+    for (int64_t row = 0; row < rows; ++row)
+      if (lists.threshold[row] == closed) lists.threshold[row] = threshold_for(first + row, 0);
+  }
+
   // Drops those that cannot be among the k nearest; where too many remain, rounding hides who is nearer, and all but
-  // the k nearest by squared_distance go.
-  void shorten(int64_t i, int64_t row, const Lists<T>& lists) {
+  // the k nearest by squared_distance go. Where these are duplicates of the point, with smaller indices than all to
+  // come before the next `reopen`, from `upcoming` on, nobody else is wanted: of many duplicates few are ranked.
+  void shorten(int64_t i, int64_t row, const Lists<T>& lists, int64_t upcoming) {
     T* score = lists.score + row * plan_.capacity();
     int32_t* index = lists.index + row * plan_.capacity();
     const int64_t count = lists.count[row];
@@ -220,12 +235,13 @@ class Search {
     std::nth_element(lists.ranked, lists.ranked + plan_.k - 1, lists.ranked + lists.count[row]);
     for (int64_t m = 0; m < plan_.k; ++m) index[m] = lists.ranked[m].index, score[m] = lists.ranked[m].score;
     lists.count[row] = static_cast<int32_t>(plan_.k);
-    const double distance = std::sqrt(lists.ranked[plan_.k - 1].squared_distance) * scale_;
-    threshold = std::max(threshold, below((square(i) - distance * distance * (1 + 1e-15)) / 2 - slack));
+    const Ranked<T>& worst = lists.ranked[plan_.k - 1];
+    threshold = std::max(threshold, threshold_for(i, std::sqrt(worst.squared_distance) * scale_));
+    if (worst.squared_distance == 0 && worst.index < upcoming) threshold = closed;
   }
 
   void finish(int64_t i, int64_t row, const Lists<T>& lists) {
-    shorten(i, row, lists);
+    shorten(i, row, lists, 0);
     const int64_t count = lists.count[row];
     Ranked<T>* ranked = lists.ranked;
     const int64_t at = row * plan_.capacity();
@@ -240,6 +256,8 @@ class Search {
           m < found ? static_cast<T>(std::sqrt(ranked[m].squared_distance)) : std::numeric_limits<T>::quiet_NaN();
     }
   }
+
+  static constexpr T closed = std::numeric_limits<T>::infinity();  // a threshold that no score reaches
 
   const Plan<T>& plan_;
   const T* x_;
