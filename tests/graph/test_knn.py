@@ -62,6 +62,14 @@ class TestEveryDevice:
         assert (distance[:, 2:] > 0).all()
         agrees(torch.ones(120, 3, dtype=dtype, device=home(device)), 5)
 
+    @pytest.mark.parametrize("k", [1, 4, 60])
+    def test_more_duplicates_than_neighbours(self, device: str, dtype: torch.dtype, k: int) -> None:
+        few_places = normal(7, 3, dtype)[torch.randint(0, 7, (180,), generator=torch.Generator().manual_seed(0))]
+        one_place = normal(180, 3, dtype)
+        one_place[40:150] = one_place[3]
+        for x in (few_places, one_place):
+            agrees(x.to(home(device)), k)
+
     def test_far_from_the_origin(self, device: str, dtype: torch.dtype) -> None:
         agrees((1e4 + normal(150, 8)).to(dtype).to(home(device)), 7)
 
@@ -109,7 +117,7 @@ def test_no_derivative() -> None:
 
 
 def test_ctrl_c_ends_the_search() -> None:
-    x = torch.ones(100_000, 100)  # as slow as it gets: all are equally near
+    x = torch.ones(100_000, 100)  # many seconds of work
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
