@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -71,8 +72,14 @@ def _descend(x: Tensor, candidates: int, progress: bool) -> Any:
         raise ImportError(
             'knn_graph: method="approximate" needs pynndescent: pip install "kantor[graph]"; or pass method="exact"'
         ) from error
+    if x.dtype is torch.float64:  # the library computes in single precision: what is far out, or far off, fits in
+        x = x - x.mean(0)
+        x = x / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
     points, threads = x.cpu().float().numpy(), torch.get_num_threads()
-    return NNDescent(points, n_neighbors=candidates, random_state=0, n_jobs=threads, verbose=progress).neighbor_graph[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")  # _search fills these places
+        descent = NNDescent(points, n_neighbors=candidates, random_state=0, n_jobs=threads, verbose=progress)
+        return descent.neighbor_graph[0]
 
 
 def _distances(x: Tensor, index: Tensor) -> Tensor:
