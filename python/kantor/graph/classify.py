@@ -33,7 +33,8 @@ _WITHOUT_STEP: dict[Method, float] = {"no_diffusion": 0.0, "label_spreading": 1.
 _SPREADING_TELEPORT = 0.2
 _SPREADING_RTOL = 1e-6
 _HIDDEN = 64
-_WIDE = range(256, 4097)  # features for which the residual block has one layer, as the papers' for bags of words
+_WIDE = range(256, 2049)  # features for which the residual block has one layer, as the papers' for bags of words
+_VERY_WIDE, _HIDDEN_VERY_WIDE = 2049, 256  # from so many on d^2 weights take minutes to train: so many hidden ones
 
 
 def classify(
@@ -127,9 +128,9 @@ def classify(
     Notes
     -----
     Points in parts of the graph without any label get their class from the network alone; the message counts them. The
-    graph of n rows takes n^2 d operations below 100 000 rows, see :func:`knn_graph`; an epoch of the training
-    ``O(n d h + K nnz C)``, h = 64, or d for 256 to 4096 features. Deterministic for a seed on one machine with one
-    number of threads.
+    graph of n rows takes n^2 d operations where the search is exact, see :func:`knn_graph`; an epoch of the training
+    ``O(n d h + K nnz C)``, h = 64, d for 256 to 2048 features, 256 for more. Deterministic for a seed on one machine
+    with one number of threads.
 
     Source: Wang, Dou, Bao and Shi, *Diffusion Mechanism in Residual Neural Network: Theory and Applications*, IEEE
     TPAMI 46(2), 2024; Wang, Bao and Shi, arXiv 2403.15726; label spreading: Zhou et al., *Learning with Local and
@@ -219,7 +220,7 @@ class _Problem:
 
         assert self.features is not None
         d = self.features.shape[1]
-        hidden = None if d in _WIDE else _HIDDEN
+        hidden = None if d in _WIDE else _HIDDEN if d < _VERY_WIDE else _HIDDEN_VERY_WIDE
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model: torch.nn.Module
