@@ -398,3 +398,12 @@ def test_errors_of_data_frames() -> None:
 def test_two_rows_are_too_few() -> None:
     with pytest.raises(ValueError, match="classify: x: expected at least 3 rows"):
         classify([[0.0], [1.0]], ["a", "b"])
+
+
+@pytest.mark.parametrize(("columns", "hidden"), [(8, 64), (300, 300), (2100, 256)])
+def test_size_of_the_network(columns: int, hidden: int) -> None:
+    """A weight for each pair of columns is too much where there are thousands."""
+    x = torch.randn(12, columns, generator=torch.Generator().manual_seed(0))
+    model = classify(x, {0: "a", 1: "b"}, k=3, max_epochs=1).model
+    assert model is not None
+    assert max(p.shape[0] for p in model.parameters() if p.ndim == 2 and p.shape[1] == columns) == hidden
