@@ -1,4 +1,7 @@
-"""Weighted graphs in compressed sparse row form."""
+"""Weighted graphs in compressed sparse row form.
+
+One class, half of it docstrings: what is computed stands in `_pattern`, `_spectrum`, `_validation` and `_picture`.
+"""
 
 from __future__ import annotations
 
