@@ -19,6 +19,10 @@ void bind_flexible_cg(py::module_& m);
 void bind_transport(py::module_& m);
 void bind_graph(py::module_& m);
 void bind_knn(py::module_& m);
+void bind_msign(py::module_& m);
+void bind_lmo(py::module_& m);
+void bind_adahessian(py::module_& m);
+void bind_mfac(py::module_& m);
 
 namespace {
 
@@ -86,6 +90,10 @@ PYBIND11_MODULE(KANTOR_MODULE, m) {
   bind_transport(m);
   bind_graph(m);
   bind_knn(m);
+  bind_msign(m);
+  bind_lmo(m);
+  bind_adahessian(m);
+  bind_mfac(m);
 }
 
 }  // namespace kantor

@@ -12,7 +12,7 @@
 
 namespace kantor {
 
-enum class Dtype : uint8_t { f32, f64, i32, i64, u8, other };
+enum class Dtype : uint8_t { f32, f64, i32, i64, u8, i8, f16, bf16, other };
 
 template <class T>
 constexpr Dtype dtype_of();
@@ -38,7 +38,8 @@ constexpr Dtype dtype_of<uint8_t>() {
 }
 
 inline const char* name_of(Dtype dtype) {
-  constexpr const char* names[] = {"float32", "float64", "int32", "int64", "uint8", "an unsupported dtype"};
+  constexpr const char* names[] = {
+      "float32", "float64", "int32", "int64", "uint8", "int8", "float16", "bfloat16", "an unsupported dtype"};
   return names[static_cast<int>(dtype)];
 }
 
@@ -50,6 +51,9 @@ inline Dtype dtype_from(dlpack::DataType type) {
   if (type.code == dlpack::kInt && type.bits == 32) return Dtype::i32;
   if (type.code == dlpack::kInt && type.bits == 64) return Dtype::i64;
   if (type.code == dlpack::kUInt && type.bits == 8) return Dtype::u8;
+  if (type.code == dlpack::kInt && type.bits == 8) return Dtype::i8;
+  if (type.code == dlpack::kFloat && type.bits == 16) return Dtype::f16;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return Dtype::bf16;
   return Dtype::other;
 }
 

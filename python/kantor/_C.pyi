@@ -282,3 +282,73 @@ def knn(
     workspace: Tensor,  # uint8
     threads: int,
 ) -> None: ...
+
+# --- polar factors of small matrices, and the passes of optim.LANTON over lists of tensors, in place ---
+
+def msign_is_small(rows: int, columns: int) -> bool: ...
+def msign_small(
+    B: Tensor,  # (count, rows, columns), rows <= columns
+    coefficients: Sequence[tuple[float, float, float]],
+    safety: float,
+    out: Tensor,
+    threads: int,
+) -> None: ...
+
+lmo_keep_gradient: int  # flags
+lmo_nesterov: int
+lmo_measure: int
+lmo_previous_is_given: int
+
+def lmo_work(n: int) -> int: ...
+def lmo_momentum(
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    previous: Sequence[Tensor | None],
+    differences: Sequence[Tensor | None],
+    betas: Sequence[float],
+    flags: Sequence[int],
+    accepted: Tensor,  # (n,) float64
+    sums: Tensor,  # (n, 4) float64
+    work: Tensor,  # float64, the sum of lmo_work(number of elements)
+    threads: int,
+) -> None: ...
+def lmo_apply(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    signs: Sequence[bool],
+    rates: Tensor,  # (n,) float64
+    decays: Tensor,
+    threads: int,
+) -> None: ...
+
+# --- optim: a table has a row of pointers for each tensor of its lists, as csrc/optim/tensor_table.h says ---
+
+table_row_words: int
+
+def tensor_table(
+    lists: Sequence[Sequence[Tensor]],  # up to 4, of one dtype; the last has one element a block
+    blocks: Sequence[int],
+    numbers: Sequence[Sequence[float]],  # up to 8 for each row
+    whole_blocks: bool,  # whether a chunk is made of whole blocks
+    table: Tensor,  # int64 on the CPU, table_row_words for each row
+) -> int: ...  # chunks
+def rademacher(table: Tensor, chunks: int, like: Tensor, seed: int, threads: int) -> None: ...
+def average_curvature(table: Tensor, chunks: int, like: Tensor, threads: int) -> None: ...
+def adahessian_step(table: Tensor, chunks: int, like: Tensor, threads: int) -> None: ...
+
+# --- M-FAC: G is (rows, stride) in a storage dtype, products and coefficients (count, blocks, rows) float64 ---
+
+def mfac_workspace(rows: int, d: int, block: int) -> int: ...  # float64 numbers
+def mfac_products(
+    G: Tensor,  # row `slot` is written, unless it is negative
+    block: int,
+    slot: int,
+    inverse_scale: float,
+    x: Tensor,  # (count, d)
+    out: Tensor,
+    workspace: Tensor,
+    threads: int,
+) -> None: ...
+def mfac_combine(G: Tensor, block: int, c: Tensor, scale: float, x: Tensor, y: Tensor, threads: int) -> None: ...
+def mfac_replace(factors: Tensor, slot: int, rows: Tensor) -> bool: ...  # (blocks, m, m) by columns; on the CPU

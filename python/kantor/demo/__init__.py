@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kantor.demo import colour_transfer, digits, phase_retrieval, poisson_editing, smoke
+from kantor.demo import colour_transfer, digits, optimizers, phase_retrieval, poisson_editing, smoke
 from kantor.demo.page import StationReport, write_page
 
 Size = Literal["small", "full"]
@@ -32,6 +32,7 @@ STATIONS = (
     Station("colour_transfer", colour_transfer.TITLE, colour_transfer.run),
     Station("smoke", smoke.TITLE, smoke.run),
     Station("digits", digits.TITLE, digits.run),
+    Station("optimizers", optimizers.TITLE, optimizers.run),
 )
 
 __all__ = ["STATIONS", "Size", "Station", "StationReport", "write_page"]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from kantor.demo.figures import Ink, draw_picture
 from kantor.demo.page import Check, Gallery, Picture, Section, StationReport, Table
 from kantor.graph import Graph, diffuse, knn_graph, stability
 from kantor.nn import COIN, DiffResNet
@@ -261,48 +260,6 @@ def _table(
 # Drawing -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Ink:
-    """Colours of a light or dark page."""
-
-    version: str
-    ink: str
-    ground: str
-    methods: tuple[str, ...]
-
-
-_INKS = (
-    _Ink("light", "#1d1f21", "#fdfcfa", ("#8b9096", "#0b5c8a", "#b3541e", "#23683a")),
-    _Ink("dark", "#e6e4df", "#15171a", ("#7f858c", "#7cc0ea", "#f0a56b", "#7fcf97")),
-)
-
-
-@contextmanager
-def _figure(folder: Path, name: str, ink: _Ink, width: float, height: float) -> Iterator[Axes]:
-    """Axes in the colours of a page, written down as ``name-version.png`` at the end."""
-    import matplotlib
-
-    from kantor.plotting import new_axes, save_figure
-
-    style: dict[Any, Any] = {"figure.facecolor": ink.ground, "axes.facecolor": ink.ground}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink.ink)
-    with matplotlib.rc_context(style):
-        ax = new_axes(width, height)
-        yield ax
-        save_figure(ax, folder / f"{name}-{ink.version}.png")
-
-
-def _draw(
-    folder: Path, name: str, width: float, height: float, alt: str, caption: str, draw: Callable[[Axes, _Ink], None]
-) -> Picture:
-    """A picture drawn twice, for light and dark pages."""
-    for ink in _INKS:
-        with _figure(folder, name, ink, width, height) as ax:
-            draw(ax, ink)
-    light, dark = (f"{folder.name}/{name}-{ink.version}.png" for ink in _INKS)
-    return Picture(light, alt, caption, round(200 * width), round(200 * height), dark)
-
-
 def _principal_axes(x: Tensor) -> Tensor:
     """The two directions (d, 2) along which the rows of x differ most."""
     from sklearn.decomposition import PCA
@@ -320,7 +277,7 @@ def _graph_picture(folder: Path, name: str, points: Tensor, digits: Digits, seen
     edges = np.stack([at[rows[once]], at[columns[once]]], axis=1)
     colours = colormaps["tab10"](digits.classes.numpy())
 
-    def draw(ax: Axes, ink: _Ink) -> None:
+    def draw(ax: Axes, ink: Ink) -> None:
         ax.add_collection(LineCollection(list(edges), colors=ink.ink, linewidths=0.25, alpha=0.18, zorder=0))
         ax.scatter(at[:, 0], at[:, 1], s=5, c=colours, linewidths=0)
         ax.scatter(at[seen, 0], at[seen, 1], s=60, c=colours[seen], edgecolors=ink.ink, linewidths=1.3, zorder=3)
@@ -333,20 +290,20 @@ def _graph_picture(folder: Path, name: str, points: Tensor, digits: Digits, seen
         "before": "Scatter plot: points in ten colours overlap in one cloud, joined by thin lines.",
         "after": "Scatter plot on the same axes: most colours have drawn together into small separate clusters.",
     }[name]
-    return _draw(folder, name, 4.2, 4.2, alt, caption, draw)
+    return draw_picture(folder, name, 4.2, 4.2, alt, caption, draw)
 
 
 def _chart(folder: Path, fits: dict[tuple[str, int], list[Fit]]) -> Picture:
     """Accuracies of every draw as dots, their means as lines, one group for each number of labels."""
 
-    def draw(ax: Axes, ink: _Ink) -> None:
+    def draw(ax: Axes, ink: Ink) -> None:
         for place, method in enumerate(METHODS):
             shift = 0.16 * (place - 1.5)
             for group, count in enumerate(LABELS):
                 accuracies = [100 * each.accuracy for each in fits[method, count]]
                 at = group + shift
                 mean = float(np.mean(accuracies))
-                colour = ink.methods[place]
+                colour = ink.colours[place]
                 ax.plot([at] * len(accuracies), accuracies, "o", color=colour, markersize=3.5, alpha=0.55, mew=0)
                 label = method if group == 0 else None
                 ax.plot([at - 0.06, at + 0.06], [mean, mean], color=colour, linewidth=3, label=label)
@@ -360,7 +317,7 @@ def _chart(folder: Path, fits: dict[tuple[str, int], list[Fit]]) -> Picture:
         f"{count}: " + ", ".join(f"{m} {100 * np.mean([f.accuracy for f in fits[m, count]]):.0f}" for m in METHODS)
         for count in LABELS
     )
-    return _draw(
+    return draw_picture(
         folder, "accuracy", 6.4, 3.6, f"Dots: accuracies in percent by the number of labels a class. {means}.",
         "Accuracy of each draw of the labels (dots) and the mean (bars).", draw,
     )  # fmt: skip
@@ -372,7 +329,7 @@ def _corrected(folder: Path, digits: Digits, without: Tensor, with_diffusion: Te
     better = better[torch.argsort(digits.classes[better], stable=True)]
     rows = better[torch.linspace(0, len(better) - 1, min(shown, len(better))).round().long()].tolist()
 
-    def draw(ax: Axes, ink: _Ink) -> None:
+    def draw(ax: Axes, ink: Ink) -> None:
         for place, row in enumerate(rows):
             left = 1.15 * place
             picture = 1 - digits.x[row].view(8, 8).numpy()
@@ -384,7 +341,7 @@ def _corrected(folder: Path, digits: Digits, without: Tensor, with_diffusion: Te
         ax.set_axis_off()
 
     pairs = ", ".join(f"{int(digits.classes[row])} taken for {int(without[row])}" for row in rows)
-    return _draw(
+    return draw_picture(
         folder, "corrected", 8.0, 1.1, f"A row of handwritten digits in coarse pixels: {pairs}.",
         f"{len(rows)} of the {len(better):,} pictures that COIN corrects.", draw,
     )  # fmt: skip

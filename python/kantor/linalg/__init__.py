@@ -16,6 +16,7 @@ from kantor.linalg.flexible_cg import FlexibleResult
 from kantor.linalg.lanczos_samples import ritz_dataset
 from kantor.linalg.learned_vcycle import LearnedVCycle
 from kantor.linalg.low_rank import LowRank
+from kantor.linalg.msign import msign
 from kantor.linalg.multigrid import Multigrid
 from kantor.linalg.multishift_cg import MultishiftResult, multishift_cg
 from kantor.linalg.nystrom import NystromPreconditioner, nystrom
@@ -53,6 +54,7 @@ __all__ = [
     "fcg",
     "ic0",
     "jacobi",
+    "msign",
     "multishift_cg",
     "nystrom",
     "ritz_dataset",
