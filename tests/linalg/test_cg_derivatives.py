@@ -145,7 +145,9 @@ def test_derivatives_of_rectangular_products(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"M": "jacobi"}, {"M": "ic0"}, {"storage": F32}, {"M": lambda r: r / 2}, {"x0": True}], ids=str
+    "options",
+    [{}, {"M": "jacobi"}, {"M": "ic0"}, {"storage": F32}, {"M": lambda r: r / 2}, {"x0": True}],
+    ids=["plain", "jacobi", "ic0", "float32 storage", "callable", "x0"],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_that_of_a_direct_solve(name: str, options: dict[str, Any], device: str) -> None:
