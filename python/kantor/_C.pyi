@@ -285,7 +285,7 @@ def knn(
 
 # --- polar factors of small matrices, and the passes of optim.LANTON over lists of tensors, in place ---
 
-def msign_is_small(rows: int, columns: int) -> bool: ...
+def msign_is_small(B: Tensor) -> bool: ...
 def msign_small(
     B: Tensor,  # (count, rows, columns), rows <= columns
     coefficients: Sequence[tuple[float, float, float]],

@@ -1,5 +1,6 @@
 """Argument checks. A message says: function, argument, what was expected, what came, what to do."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,13 @@ def check_float(value: Tensor, function: str, argument: str) -> None:
     if value.dtype not in FLOATS:
         hint = "; call .to(torch.float64)" if not value.dtype.is_complex else "; complex systems are not supported"
         raise TypeError(f"{function}: {argument}: expected dtype float32 or float64, got {_short(value.dtype)}{hint}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite real number: Python's, or a tensor with one element."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and math.isfinite(value.detach())
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_readable(tensor: Tensor) -> bool:

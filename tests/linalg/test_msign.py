@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import devices
+from kantor._ops import backend
 from kantor.linalg import msign
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -127,6 +128,58 @@ def test_iterations_have_no_graph() -> None:
 def test_bad_arguments(A: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         msign(A, **options)
+
+
+@pytest.mark.parametrize("method", ["polar", "muon5", "svd"])
+@pytest.mark.parametrize("shape", [(5, 7), (90, 70)])
+def test_scale_does_not_matter(shape: tuple[int, int], method: str, device: str) -> None:
+    """The squares of the last ones over- and underflow; 1e-41 is subnormal."""
+    for dtype, scales in ((F32, (1e-41, 1e-30, 1e30)), (F64, (1e-300, 1e-200, 1e200))):
+        A = normal(*shape, dtype=dtype).to(devices.home(device))
+        expected = msign(A, method=method, dtype=dtype)
+        tolerance = {F32: 1e-4, F64: 1e-10}[dtype]
+        for scale in scales:
+            Q = msign(A * scale, method=method, dtype=dtype)
+            torch.testing.assert_close(Q, expected, rtol=0, atol=tolerance if scale > 1e-40 or dtype is F64 else 0.05)
+
+
+def test_lower_rank_has_the_factor_of_its_own_space() -> None:
+    x, y = normal(6, 1), normal(1, 9, seed=1)
+    exact = x @ y / (x.norm() * y.norm())
+    for method, tolerance in (("svd", 1e-14), ("polar", 2e-3)):
+        torch.testing.assert_close(msign(x @ y, method=method), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("columns", "native"), [(448, True), (449, False)])
+def test_the_limit_of_the_native_code_on_the_cpu(columns: int, native: bool) -> None:
+    assert backend().msign_is_small(torch.empty(1, 64, columns)) is native
+    A = normal(64, columns, dtype=F32)
+    torch.testing.assert_close(msign(A, steps=10), msign(A, method="svd"), rtol=0, atol=1e-4)
+
+
+def test_batching_compiling_and_operator_rules() -> None:
+    A = normal(2, 4, 3)
+    for method in ("polar", "svd"):
+        batch = torch.vmap(lambda X, method=method: msign(X, method=method))(A)
+        assert torch.equal(batch, msign(A, method=method))
+    compiled: Any = torch.compile(lambda X: 2 * msign(X), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(A), 2 * msign(A))
+    rules = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.kantor.msign.default, (A, "polar", None, None), test_utils=rules)
+
+
+def test_derivatives_in_torch_func() -> None:
+    A, E = normal(2, 4, 3), normal(2, 4, 3, seed=1)
+
+    def along(X: Tensor, D: Tensor) -> Tensor:
+        return (D * msign(X, method="svd")).sum()
+
+    X = A.clone().requires_grad_()
+    expected = torch.autograd.grad(along(X, E), X)[0]
+    torch.testing.assert_close(torch.vmap(torch.func.grad(along))(A, E), expected)
+    _, moved = torch.func.jvp(lambda X: msign(X, method="svd"), (A,), (E,))
+    torch.testing.assert_close((moved * E).sum(), (expected * E).sum())
+    torch.autograd.gradgradcheck(lambda X: msign(X, method="svd"), X)
 
 
 def test_empty_batches() -> None:

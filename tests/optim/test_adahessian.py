@@ -465,7 +465,7 @@ def test_state_of_other_parameters_is_refused_and_nothing_is_lost() -> None:
     with pytest.raises(ValueError, match="group without"):
         optimizer.load_state_dict(saved)
     saved["param_groups"] = copy.deepcopy(before["param_groups"])
-    with pytest.raises(ValueError, match="state of AdaHessian, got one without m, t, t_h, v"):
+    with pytest.raises(ValueError, match="state of AdaHessian, got one without age, idle, m, t, t_h, v"):
         optimizer.load_state_dict(saved)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -553,6 +553,11 @@ def test_values_that_are_not_finite() -> None:
     optimizer.step(lambda: value(p))
     assert not optimizer.last_step_skipped
     assert bool(torch.isfinite(p).all())
+    steep = nn.Parameter(torch.ones(3))
+    optimizer = AdaHessian([steep], skip_nonfinite=True)
+    optimizer.step(lambda: 1e25 * steep.square().sum())  # finite, but not its square
+    assert optimizer.last_step_skipped
+    assert not optimizer.state
     taken = AdaHessian([p])
     taken.step(lambda: value(p) * math.nan)
     assert bool(torch.isnan(p).all())
@@ -592,6 +597,26 @@ def test_a_late_parameter_waits_for_curvature() -> None:
     assert bool((late < 1).all())
 
 
+def test_no_parameter_is_left_without_curvature() -> None:
+    """Whichever has a gradient when: a new one beside a frozen one, and one that is used between estimates only."""
+    first, later = (nn.Parameter(torch.ones(2, dtype=F64)) for _ in range(2))
+    optimizer = AdaHessian([first, later], 0.05, update_period=5)
+    for _ in range(7):
+        optimizer.step(lambda: first.pow(4).sum())
+    first.requires_grad_(False)
+    due = []
+    for _ in range(16):
+        due.append(optimizer.refresh_due)
+        optimizer.step(lambda: first.pow(4).sum() + later.pow(4).sum())
+    assert optimizer.state[later]["t"] == 15
+    assert due == [i == 1 or (i > 1 and i % 5 == 1) for i in range(16)]
+    even, odd = (nn.Parameter(torch.ones(2, dtype=F64)) for _ in range(2))
+    optimizer = AdaHessian([even, odd], update_period=2)
+    for i in range(12):
+        optimizer.step(lambda p=(even, odd)[i % 2]: p.pow(4).sum())
+    assert all(optimizer.state[p]["t_h"] >= optimizer.state[p]["t"] / 2 > 2 for p in (even, odd))
+
+
 def test_compiled_models() -> None:
     net, compiled = mlp(), mlp()
     first, second = AdaHessian(net.parameters(), seed=0), AdaHessian(compiled.parameters(), seed=0)
@@ -620,6 +645,9 @@ def test_compiled_models() -> None:
         ({"update_period": 0}, "update_period"),
         ({"n_samples": 0}, "n_samples"),
         ({"max_update": 0.0}, "max_update"),
+        ({"lr": "0.1"}, "lr: expected a number >= 0, got '0.1'"),
+        ({"betas": ("a", "b")}, "betas"),
+        ({"process_group": "all"}, "process_group"),
         ({"seed": -1}, "seed"),
         ({"block": 4}, r"params\[0\]: block: expected a divisor of the 6 entries of shape \(2, 3\), got 4"),
         ({"block": "column"}, "block"),
@@ -660,6 +688,8 @@ def test_missing_graphs_name_both_ways() -> None:
         optimizer.step(lambda: net(X))
     with pytest.raises(TypeError, match="scalar"):
         optimizer.step(lambda: 1.0)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="probes: expected a list"):
+        optimizer.step(loss_of(net), probes=iter([X]))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="no graph"):
         optimizer.step(lambda: net(X).sum().detach())
     for probes, match in (
@@ -670,6 +700,24 @@ def test_missing_graphs_name_both_ways() -> None:
         with pytest.raises(ValueError, match=match):
             optimizer.step(loss_of(net), probes=probes)
     assert all(not state for state in optimizer.state.values())
+
+
+def test_attention_is_told_of_a_way_out() -> None:
+    q = nn.Parameter(torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    optimizer = AdaHessian([q])
+
+    def closure() -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q, q).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"sdpa_kernel\(.*MATH\)"):
+        optimizer.step(closure)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert optimizer.step(closure) is not None
+
+
+def test_copies_average_over_the_same_ranks() -> None:
+    optimizer = AdaHessian([nn.Parameter(torch.ones(2))], process_group=None)
+    assert copy.deepcopy(optimizer)._process_group is None
 
 
 class Once(torch.autograd.Function):

@@ -15,6 +15,8 @@ from kantor.optim import hessian_diagonal
 F64 = torch.float64
 A = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 2.0]], dtype=F64)
 
+OUTSIDE = nn.Parameter(torch.ones(3, dtype=F64))
+
 
 def value(params: list[Tensor]) -> Tensor:
     (w,) = params
@@ -42,6 +44,15 @@ def test_one_probe_is_exact_for_a_diagonal_hessian() -> None:
     first, second = hessian_diagonal(lambda params: (params[0] ** 3).sum() + params[1].exp().sum(), [w, v])
     torch.testing.assert_close(first, 6 * w, rtol=1e-14, atol=0)
     torch.testing.assert_close(second, v.exp(), rtol=1e-14, atol=0)
+
+
+def test_parameters_of_a_module_as_they_come() -> None:
+    net = nn.Linear(2, 1, bias=False)
+
+    def loss(params: list[Tensor]) -> Tensor:
+        return torch.func.functional_call(net, {"weight": params[0]}, torch.eye(2)).square().sum()
+
+    assert torch.equal(hessian_diagonal(loss, net.parameters())[0], torch.full((1, 2), 2.0))
 
 
 def test_blocks_are_averaged_with_their_signs() -> None:
@@ -105,6 +116,9 @@ def test_repeats_with_the_generator_and_leaves_the_point_alone() -> None:
         ({"params": [1.0]}, TypeError, r"params\[0\]"),
         ({"block": 2}, ValueError, "divisor"),
         ({"fun": lambda params: params[0]}, ValueError, "scalar"),
+        ({"fun": lambda params: OUTSIDE.square().sum()}, ValueError, "depend on it; .*functional_call"),
+        ({"fun": 3.0}, TypeError, "fun"),
+        ({"generator": 3}, TypeError, "generator"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], match: str) -> None:

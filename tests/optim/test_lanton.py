@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import devices
 from kantor.linalg import msign
-from kantor.optim import LANTON, dual_norm, lmo, lmo_param_groups
+from kantor.optim import LANTON, AdaHessian, dual_norm, lmo, lmo_param_groups
 from two_ranks import two_ranks
 
 F32, F64 = torch.float32, torch.float64
@@ -237,6 +237,20 @@ def test_independent_gradients() -> None:
         assert "previous" not in optimizer.state[p]
     set_gradients(params, 1)
     optimizer.step()  # measures every second step
+    known = [optimizer.state[p]["noise"].clone() for p in params]
+    optimizer.step(second_grads=[torch.full_like(p, torch.nan) for p in params])  # measured, but says nothing
+    assert [optimizer.state[p]["noise"] for p in params] == known
+
+
+def test_second_gradients_of_other_sorts() -> None:
+    params = parameters([(3,)])
+    set_gradients(params, 0)
+    optimizer = LANTON(params, 0.1, second_gradient="independent")
+    for second in (5, torch.ones(1, 3), [[1.0]], [torch.ones(3).to_sparse()], [torch.ones(3, dtype=torch.int64)]):
+        with pytest.raises(TypeError, match="second_grads"):
+            optimizer.step(second_grads=second)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no group uses them"):
+        LANTON(params, 0.1).step(second_grads=[torch.ones(3)])
 
 
 # --- torch's conventions ---
@@ -295,6 +309,54 @@ def test_the_state_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="another model"):
         stranger.load_state_dict(optimizer.state_dict())
     assert not stranger.state
+
+
+def test_the_state_of_another_optimiser_is_refused_and_nothing_is_lost() -> None:
+    net = network()
+    optimizer = LANTON(net.parameters(), 0.02)
+    advance(net, optimizer, 0, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    adam = torch.optim.Adam(net.parameters())
+    adam.step()
+    of_adam = adam.state_dict()
+    mixed = {"state": of_adam["state"], "param_groups": before["param_groups"]}
+    bent = copy.deepcopy(before)
+    bent["param_groups"][0]["kinds"][0] = "row_conv"
+    for wrong, match in (
+        (of_adam, "that of a LANTON, got a group without alpha"),
+        (mixed, "parameter 0: expected a state of LANTON, got one without accepted, factor, momentum"),
+        (bent, "parameter 0: kind: expected one of spectral"),
+        (net.state_dict(), "'state' and 'param_groups'.*got '0.weight'"),
+        ({}, "got nothing"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(wrong)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert torch.equal(after["state"][0]["momentum"], before["state"][0]["momentum"])
+    advance(net, optimizer, 2, 3)
+
+
+@pytest.mark.parametrize(("make", "name"), [(lambda p: LANTON(p, 0.02), "momentum"), (lambda p: AdaHessian(p), "m")])
+def test_hooks_see_and_change_what_is_loaded(make: Any, name: str) -> None:
+    net = nn.Linear(4, 1).bfloat16()
+    optimizer, other = make(net.parameters()), make(net.parameters())
+    optimizer.step(lambda: (net(torch.ones(2, 4).bfloat16()) ** 2).sum())
+    net(torch.ones(2, 4).bfloat16()).square().sum().backward(create_graph=True)
+    optimizer.step()
+    value = 1 + 2.0**-20  # more than bfloat16 holds
+
+    def before(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["state"][0][name].fill_(value)
+        return state_dict
+
+    seen = []
+    other.register_load_state_dict_pre_hook(before)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(float(o.state[net.weight][name][0, 0])))
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [value]
+    assert float(other.state[net.weight][name][0, 0]) == value
 
 
 def test_later_parameters_have_their_own_state() -> None:
@@ -462,11 +524,14 @@ def test_two_ranks_make_the_steps_of_one_process(tmp_path: Path) -> None:
         ({"noise_estimator": "trace"}, "noise_estimator"),
         ({"second_gradient": "next"}, "second_gradient"),
         ({"min_factor": 2.0}, "min_factor"),
-        ({"msign_steps": 0}, "steps"),
+        ({"msign_steps": 0}, "msign_steps"),
         ({"msign_method": "qr"}, "method"),
         ({"kind": "nuclear"}, "kind"),
         ({"kind": "spectral_conv"}, "spectral_conv"),
-        ({"matmul_dtype": torch.float16}, "float16"),
+        ({"matmul_dtype": torch.float16}, "matmul_dtype: float16"),
+        ({"lr": "0.1"}, "lr"),
+        ({"lr": torch.ones(2)}, "lr"),
+        ({"kind": []}, "kind"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -477,6 +542,10 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_gradients_and_parameters_of_other_sorts() -> None:
     with pytest.raises(NotImplementedError, match="complex"):
         LANTON([nn.Parameter(torch.ones(2, dtype=torch.complex64))], 0.1)
+    with pytest.raises(TypeError, match=r"params\[0\].*int64"):
+        LANTON([torch.ones(2, dtype=torch.int64)], 0.1)
+    with pytest.raises(ValueError, match="lazy"):
+        LANTON(nn.LazyLinear(2).parameters(), 0.1)
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = LANTON(table.parameters(), 0.1)
     table(torch.tensor([1, 2])).sum().backward()

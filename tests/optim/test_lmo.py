@@ -51,6 +51,28 @@ def test_zero_gives_zero(kind: str, shape: tuple[int, ...]) -> None:
     assert primal_norm(zero, kind) == 0
 
 
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_extreme_scales_and_half_precision(kind: str, shape: tuple[int, ...]) -> None:
+    B = normal(shape)
+    cases = [(F64, 1e200, 1e-12), (F64, 1e-200, 1e-12), (torch.float32, 1e30, 1e-4), (torch.float32, 1e-30, 1e-4)]
+    for dtype, scale, tolerance in [*cases, (torch.float16, 100.0, 5e-3), (torch.bfloat16, 1e30, 3e-2)]:
+        A = (scale * B).to(dtype)
+        direction = lmo(A, kind)
+        assert direction.dtype is dtype
+        torch.testing.assert_close(direction.to(F64), lmo(B, kind), rtol=tolerance, atol=tolerance)
+        for norm in (dual_norm, primal_norm):
+            assert norm(A, kind).dtype is dtype
+            assert float(norm(A, kind)) / scale == pytest.approx(float(norm(B, kind)), rel=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_nothing_gives_nothing(kind: str, shape: tuple[int, ...]) -> None:
+    for axis in range(len(shape)):
+        empty = torch.zeros(*shape[:axis], 0, *shape[axis + 1 :])
+        assert lmo(empty, kind).shape == empty.shape
+        assert dual_norm(empty, kind) == primal_norm(empty, kind) == 0
+
+
 def test_the_nuclear_norm_by_iteration() -> None:
     for n in (64, 100):
         A = torch.randn(n, n, generator=torch.Generator().manual_seed(n))
@@ -81,6 +103,10 @@ def test_groups_of_a_model() -> None:
     }
     with pytest.raises(TypeError, match="Module"):
         lmo_param_groups(model.parameters())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"write \('body',\)"):
+        lmo_param_groups(model, head_names="body")
+    with pytest.raises(ValueError, match="call the model on a batch first"):
+        lmo_param_groups(nn.LazyLinear(3))
 
 
 def test_bad_arguments() -> None:
@@ -93,3 +119,6 @@ def test_bad_arguments() -> None:
         primal_norm(torch.ones(2, dtype=torch.complex64), "rms")
     with pytest.raises(ValueError, match="finite"):
         lmo(torch.tensor([1.0, torch.inf]), "sign")
+    for scale in (0.0, -1.0, torch.nan):
+        with pytest.raises(ValueError, match="scale: expected a number > 0"):
+            lmo(torch.ones(3), "rms", scale=scale)

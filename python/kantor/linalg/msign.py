@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kantor._checks import check_finite, check_tensor
-from kantor._ops import backend
+from kantor._ops import Context, backend, declare
 
 Coefficients = list[tuple[float, float, float]]
 
@@ -65,12 +65,15 @@ def msign(A: Tensor, *, method: str = "polar", steps: int | None = None, dtype: 
 
     Notes
     -----
-    An iteration costs ``4 r^2 c + 2 r^3`` operations a step, with r <= c after a transposition. Matrices of up to 64
-    rows are one native call for the whole batch, which forms half of the symmetric products; larger ones are matrix
-    products of torch. On the CPU a matrix's result does not depend on the batch that it is in.
+    An iteration costs ``4 r^2 c + 2 r^3`` operations a step, with r <= c after a transposition. Small matrices are one
+    native call for the whole batch, which forms half of the symmetric products: up to 64 rows, and ``2 r (r + c)`` up
+    to 65536 on the CPU (64 x 448), to 24576 on CUDA (64 x 128). Larger ones are matrix products of torch. On the CPU a
+    matrix's result does not depend on the batch that it is in.
 
     Only ``"svd"`` has a derivative, the Frechet derivative, exact also where singular values coincide, for matrices of
-    full rank; the others return a tensor without a graph.
+    full rank, and NaN for others; a second derivative wants distinct singular values. The other methods return a tensor
+    without a graph. Directions whose relative singular values are below 1e-3 end between 0 and 1, and where they are
+    rounding near 0: a matrix of lower rank has the factor of its own space.
 
     References
     ----------
@@ -93,44 +96,51 @@ def msign(A: Tensor, *, method: str = "polar", steps: int | None = None, dtype: 
     if A.ndim < 2:
         raise ValueError(f"msign: A: expected shape (..., r, c), got {tuple(A.shape)}")
     check_finite(A, "msign", "A")
-    if A.numel() == 0:
-        return torch.zeros_like(A)
-    if method == "svd":
-        work = A if A.dtype in (torch.float32, torch.float64) else A.float()
-        factor: Tensor = _PolarFactor.apply(work)  # type: ignore[no-untyped-call]
-        return factor.to(A.dtype)
-    return iterate(A.detach(), method, steps, dtype)
+    if method != "svd":
+        return polar_factor(A.detach(), method, steps, dtype)
+    work = A if A.dtype in (torch.float32, torch.float64) else A.float()
+    return polar_factor(work, method, None, None).to(A.dtype)
 
 
 def check_msign_options(
-    function: str, method: str, steps: int | None, dtype: torch.dtype | None, device: torch.device | None = None
+    function: str,
+    method: str,
+    steps: int | None,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
+    names: tuple[str, str, str] = ("method", "steps", "dtype"),
 ) -> None:
-    """Raise unless these are options of :func:`msign`."""
+    """Raise unless these are options of :func:`msign`; `names` are what the caller's arguments are called."""
     if method not in METHODS:
-        raise ValueError(f"{function}: method: expected one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"{function}: {names[0]}: expected one of {', '.join(METHODS)}, got {method!r}")
     if steps is not None and not (isinstance(steps, int) and 1 <= steps <= _MOST_STEPS):
-        raise ValueError(f"{function}: steps: expected an integer from 1 to {_MOST_STEPS}, got {steps!r}")
+        raise ValueError(f"{function}: {names[1]}: expected an integer from 1 to {_MOST_STEPS}, got {steps!r}")
     if dtype is not None and dtype not in _DTYPES:
-        raise TypeError(f"{function}: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+        raise TypeError(f"{function}: {names[2]}: expected float32, float64, bfloat16 or float16, got {dtype!r}")
     if dtype is torch.float16 and device is not None and device.type == "cpu":
-        raise ValueError(f"{function}: dtype: float16 products need CUDA; use bfloat16 or float32 on the CPU")
+        raise ValueError(f"{function}: {names[2]}: float16 products need CUDA; use bfloat16 or float32 on the CPU")
 
 
 def iterate(A: Tensor, method: str, steps: int | None, dtype: torch.dtype | None) -> Tensor:
     """:func:`msign` by iteration or SVD, without checks and without a graph."""
+    if A.numel() == 0:
+        return torch.zeros_like(A)
     if method == "svd":
         U, S, Vh = _svd(A if A.dtype in (torch.float32, torch.float64) else A.float())
         return _product(U, S, Vh).to(A.dtype)
     tall = A.shape[-2] > A.shape[-1]
     X = (A.mT if tall else A).reshape(-1, min(A.shape[-2:]), max(A.shape[-2:]))
     native = backend()
-    small = native.msign_is_small(X.shape[1], X.shape[2])
+    small = native.msign_is_small(X)
     if dtype is None:
         dtype = A.dtype if A.dtype is torch.float64 else torch.float32
         if A.is_cuda and not small and dtype is torch.float32:
             dtype = torch.bfloat16
     coefficients, safety = _coefficients(method, steps, dtype)
-    if small and dtype in (torch.float32, torch.float64) and not (A.is_cuda and dtype is torch.float64):
+    small = small and dtype in (torch.float32, torch.float64) and not (A.is_cuda and dtype is torch.float64)
+    if not small or X.dtype is torch.float64:  # else the native code adds up squares of float32 in double
+        X = over_largest(X, (1, 2))[0]
+    if small:
         X = X.to(dtype).contiguous()
         out = torch.empty_like(X)
         native.msign_small(X, coefficients, safety, out, torch.get_num_threads())
@@ -138,6 +148,12 @@ def iterate(A: Tensor, method: str, steps: int | None, dtype: torch.dtype | None
         out = _by_products(X, coefficients, safety, dtype)
     out = out.to(A.dtype).view(*A.shape[:-2], *X.shape[1:])
     return out.mT if tall else out
+
+
+def over_largest(A: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """``A`` over its largest entry, so that squares neither overflow nor vanish, and that entry; zero stays zero."""
+    largest = A.abs().amax(dim, keepdim=True)
+    return A / torch.where(largest > 0, largest, 1.0), largest
 
 
 def _coefficients(method: str, steps: int | None, dtype: torch.dtype) -> tuple[Coefficients, float]:
@@ -192,31 +208,42 @@ def _product(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     return (U * kept[..., None, :]) @ Vh
 
 
-class _PolarFactor(torch.autograd.Function):
-    """U V' and its derivative, which is self-adjoint: that of the nuclear norm's gradient."""
+def _frechet(A: Tensor, E: Tensor) -> Tensor:
+    """Derivative of U V' along E: the rotation inside the two spaces of rank r, and out of the one that is not all.
 
-    @staticmethod
-    def forward(ctx: Any, A: Tensor) -> Tensor:
-        U, S, Vh = _svd(A)
-        ctx.save_for_backward(U, S, Vh)
-        ctx.save_for_forward(U, S, Vh)
-        return _product(U, S, Vh)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, G: Tensor) -> Tensor:
-        return _frechet(ctx.saved_tensors, G)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return _frechet(ctx.saved_tensors, tangent)
-
-
-def _frechet(factors: tuple[Tensor, Tensor, Tensor], E: Tensor) -> Tensor:
-    """Derivative of U V' along E: the rotation inside the two spaces of rank r, and out of the one that is not all."""
-    U, S, Vh = factors
+    It is self-adjoint, as the second derivative of the nuclear norm.
+    """
+    U, S, Vh = _svd(A)
     M = U.mT @ E @ Vh.mT
     inside = U @ ((M - M.mT) / (S[..., :, None] + S[..., None, :])) @ Vh
     rows = (U / S[..., None, :]) @ (U.mT @ E - M @ Vh)  # zero when c = r
     columns = ((E @ Vh.mT - U @ M) / S[..., None, :]) @ Vh
     return inside + rows + columns
+
+
+# --- the operator ---
+
+
+def _forward(A: Tensor, method: str, steps: int | None, dtype: torch.dtype | None) -> Tensor:
+    return iterate(A, method, steps, dtype).contiguous()
+
+
+def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _along(ctx, grad), None, None, None
+
+
+def _along(ctx: Context, direction: Tensor, *_: None) -> Tensor:
+    A, method = ctx.inputs[:2]
+    if method != "svd":
+        raise NotImplementedError(f"msign: method {method!r} has no derivative; 'svd' has one")
+    return _frechet(A, direction)
+
+
+polar_factor: Callable[..., Tensor] = declare(
+    "msign(Tensor A, str method, int? steps, ScalarType? dtype) -> Tensor",
+    forward=_forward,
+    fake=lambda A, method, steps, dtype: A.new_empty(A.shape),
+    backward=_backward,
+    jvp=_along,
+    batched=("A",),
+)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kantor._checks import is_number
 from kantor.optim.hessian_diagonal import block_size
 
 COMMON = ("update_period", "n_samples", "skip_nonfinite", "seed")  # one step takes all groups at once
@@ -17,18 +17,17 @@ COMMON = ("update_period", "n_samples", "skip_nonfinite", "seed")  # one step ta
 def check_group(group: dict[str, Any], first: dict[str, Any] | None = None) -> None:
     """Raise unless the options of a group are in range, and those that cannot differ are those of the first group."""
     for name in ("lr", "eps", "weight_decay"):
-        value = float(group[name])
-        if not 0 <= value < math.inf:
-            raise ValueError(f"AdaHessian: {name}: expected a number >= 0, got {value!r}")
+        if not (is_number(group[name]) and group[name] >= 0):
+            raise ValueError(f"AdaHessian: {name}: expected a number >= 0, got {group[name]!r}")
     betas = group["betas"]
-    if not (isinstance(betas, Sequence) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+    if not (isinstance(betas, list | tuple) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
         raise ValueError(f"AdaHessian: betas: expected two numbers in [0, 1), got {betas!r}")
-    if not 0 <= group["hessian_power"] <= 1:
+    if not (is_number(group["hessian_power"]) and 0 <= group["hessian_power"] <= 1):
         raise ValueError(f"AdaHessian: hessian_power: expected a number in [0, 1], got {group['hessian_power']!r}")
     for name in ("update_period", "n_samples"):
         if not (isinstance(group[name], int) and group[name] >= 1):
             raise ValueError(f"AdaHessian: {name}: expected an integer >= 1, got {group[name]!r}")
-    if group["max_update"] is not None and not group["max_update"] > 0:
+    if group["max_update"] is not None and not (is_number(group["max_update"]) and group["max_update"] > 0):
         raise ValueError(f"AdaHessian: max_update: expected None or a number > 0, got {group['max_update']!r}")
     seed = group["seed"]
     if not (isinstance(seed, int) and 0 <= seed < 2**63):
@@ -66,7 +65,9 @@ def check_gradients(gradients: Sequence[Tensor | None]) -> None:
 def check_loss(loss: Any) -> Tensor:
     """Return what a closure gave as a scalar with a graph, or raise."""
     if not isinstance(loss, Tensor):
-        raise TypeError(f"AdaHessian.step: closure: expected a scalar tensor, got {type(loss).__name__}")
+        raise TypeError(
+            f"AdaHessian.step: closure: expected a scalar tensor, got {type(loss).__name__}; return the loss itself"
+        )
     if loss.numel() != 1:
         raise ValueError(f"AdaHessian.step: closure: expected a scalar tensor, got shape {tuple(loss.shape)}")
     return loss.reshape(())
@@ -74,6 +75,8 @@ def check_loss(loss: Any) -> Tensor:
 
 def check_probes(probes: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     """Raise unless there is a probe like each parameter."""
+    if not isinstance(probes, list | tuple):
+        raise TypeError(f"AdaHessian.step: probes: expected a list of tensors, got {type(probes).__name__}")
     if len(probes) != len(parameters):
         raise ValueError(f"AdaHessian.step: probes: expected {len(parameters)} tensors, got {len(probes)}")
     for number, (z, p) in enumerate(zip(probes, parameters, strict=True)):
@@ -89,7 +92,7 @@ def check_state(state: dict[str, Any], p: Tensor, block: Any, number: int) -> No
     where = f"AdaHessian.load_state_dict: params[{number}]"
     if not state:
         return
-    if missing := {"m", "v", "t", "t_h"} - set(state):
+    if missing := {"m", "v", "t", "t_h", "age", "idle"} - set(state):
         raise ValueError(f"{where}: expected a state of AdaHessian, got one without {', '.join(sorted(missing))}")
     if state["m"].shape != p.shape:
         raise ValueError(

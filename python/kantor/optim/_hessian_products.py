@@ -34,8 +34,13 @@ def evaluate(
             )
         wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
         leaves = [parameters[i] for i in wanted]
-        with torch.enable_grad():
-            found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
+        try:
+            with torch.enable_grad():
+                found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "create_graph" in str(error):  # a compiled model may refuse even that
+                raise RuntimeError(_no_second_derivative([], str(error))) from error
+            raise
         for i, g in zip(wanted, found, strict=True):
             gradients[i] = g
         return loss.detach(), gradients, True
@@ -110,11 +115,20 @@ def _hessian_vector(
     return [torch.zeros_like(p) if h is None else h for h, p in zip(found, leaves, strict=True)]
 
 
+# What torch calls an operation without a second derivative, and another way to compute the same.
+_REMEDIES = {
+    "scaled_dot_product": "run the model inside torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    "cudnn_rnn": "run the model inside torch.backends.cudnn.flags(enabled=False)",
+    "compile": "compile the model with backend='eager', or not at all",
+}
+
+
 def _no_second_derivative(culprits: list[str], why: str) -> str:
     where = f"the gradient of {', '.join(culprits)}" if culprits else "a gradient"
+    remedy = next((f"; {remedy}" for name, remedy in _REMEDIES.items() if name in why), "")
     return (
-        f"AdaHessian.step: {where} cannot be differentiated again; every operation of the loss needs a second "
-        f"derivative (a model under torch.compile has none: compile it with backend='eager'): {why}"
+        f"AdaHessian.step: {where} cannot be differentiated again, and every operation of the loss needs a second "
+        f"derivative{remedy}: {why}"
     )
 
 

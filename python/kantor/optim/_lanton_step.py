@@ -103,7 +103,7 @@ def update(layers: list[Layer], ledger: Ledger) -> Tensor | None:
     if any(layer.measures for layer in layers):
         # H = beta2 H + (1 - beta2) dual^2, which the first value initialises.
         dual_square = (numbers.size * totals).square()
-        measured = active & numbers.measures & ((accepted > 0) | numbers.independent)
+        measured = active & numbers.measures & ((accepted > 0) | numbers.independent) & dual_square.isfinite()
         decayed = torch.where(noise.isnan(), dual_square, torch.lerp(dual_square, noise, numbers.beta2))
         noise.copy_(torch.where(measured, decayed, noise))
         _factors(layers, noise, factor, numbers)

@@ -19,6 +19,7 @@ from kantor.optim._adahessian_checks import (
     check_probes,
     check_state,
 )
+from kantor.optim._exact_state import load_exactly
 from kantor.optim._hessian_products import cut_graphs, evaluate, products
 from kantor.optim._multi_tensor import buckets, run, state_dtype
 from kantor.optim._ranks import all_finite, mean_over_ranks, shared
@@ -57,15 +58,16 @@ class AdaHessian(torch.optim.Optimizer):
         no averaging for vectors and matrices; ``"row"``: rows of matrices too, often better for transformers; a number
         that divides the parameter's entries; or one of these for each number of dimensions.
     update_period : int
-        Steps between two estimates of the curvature. 5 costs little more than Adam, and wants the rate
-        warmed up over some 20 steps.
+        Steps between two estimates of the curvature. 5 costs little more than Adam, and wants the rate warmed up over
+        some 20 steps, or a period of 1 for the first three: the group's ``update_period`` may be changed at any time.
     n_samples : int
-        Probes in an estimate, one Hessian-vector product each. Signed products are averaged.
+        Probes in an estimate, one Hessian-vector product each. Signed products are averaged, which makes for smaller
+        denominators and longer steps.
     max_update : float, optional
         Bound of ``|m / denominator|``, so that a step moves no entry by more than ``lr * max_update``.
     skip_nonfinite : bool
-        Leave parameters and state alone where the loss, a gradient or the curvature is not finite, and set
-        ``last_step_skipped``. Looking costs a wait for the device.
+        Leave parameters and state alone where the loss, a gradient or the squared curvature is not finite, and
+        set ``last_step_skipped``. Looking costs a wait for the device.
     generator, seed : torch.Generator, int, optional
         Where the seed of the probes is drawn from, or the seed itself. Default: torch's generator.
     process_group : "auto", None or ProcessGroup
@@ -89,7 +91,7 @@ class AdaHessian(torch.optim.Optimizer):
 
     Notes
     -----
-    Step t, with the curvature renewed where ``t mod update_period = 0``::
+    Step t, counted from 0, with the curvature renewed where ``t mod update_period = 0``::
 
         D = blockmean |z * H z|,   v = b2 v + (1 - b2) D^2
         m = b1 m + (1 - b1) g
@@ -99,7 +101,9 @@ class AdaHessian(torch.optim.Optimizer):
     float32; v has one entry for each block. On the CPU the same bits for any number of threads; probes depend on the
     seed, the parameter's position and its number of estimates, not on the device.
 
-    A parameter whose first gradient comes between two estimates begins with the next one.
+    A parameter whose first gradient comes between two estimates begins at its next gradient, with an estimate. One is
+    made as soon as any parameter has made ``update_period`` steps on its last, unless that has had no gradient for as
+    long: frozen ones do not count.
 
     Examples
     --------
@@ -164,6 +168,8 @@ class AdaHessian(torch.optim.Optimizer):
             "seed": draw_seed(generator) if seed is None else seed,
         }
         check_group(defaults)
+        if isinstance(process_group, str) and process_group != "auto":
+            raise ValueError(f"AdaHessian: process_group: expected 'auto', None or a group, got {process_group!r}")
         self._process_group = process_group
         super().__init__(params, defaults)
 
@@ -193,8 +199,9 @@ class AdaHessian(torch.optim.Optimizer):
     @property
     def refresh_due(self) -> bool:
         """Whether the next step renews the curvature and so needs a graph."""
-        clock = max((state.get("t", 0) for state in self.state.values()), default=0)
-        return bool(clock % self.param_groups[0]["update_period"] == 0)
+        period = self.param_groups[0]["update_period"]
+        used = [state for state in self.state.values() if state["idle"] < period]
+        return not self.state or any(state["t_h"] == 0 or state["age"] >= period for state in used)
 
     # --- one step ---
 
@@ -260,9 +267,11 @@ class AdaHessian(torch.optim.Optimizer):
                 gradients = mean_over_ranks(gradients, parameters, group)
             if due:
                 curvatures = mean_over_ranks(curvatures, parameters, group)
-        if self.param_groups[0]["skip_nonfinite"] and not all_finite([loss, *gradients, *curvatures], group):
-            self.last_step_skipped = True
-            return loss
+        if self.param_groups[0]["skip_nonfinite"]:
+            squares = [None if u is None else (product_factor * u).square() for u in curvatures]
+            if not all_finite([loss, *gradients, *squares], group):
+                self.last_step_skipped = True
+                return loss
         if due:
             self._renew_curvature(curvatures, product_factor)
         self._move(gradients, gradient_factor)
@@ -296,6 +305,7 @@ class AdaHessian(torch.optim.Optimizer):
                 continue
             state, beta2 = self._state_of(p, group), group["betas"][1]
             state["t_h"] += 1
+            state["age"] = 0
             items.append((u.to(state["v"].dtype).contiguous(), state["v"], (beta2, 1 - beta2, factor)))
         for some in buckets(items, lambda item: (item[1].device, item[1].dtype)).values():
             u_list, v_list, numbers = map(list, zip(*some, strict=True))
@@ -306,9 +316,16 @@ class AdaHessian(torch.optim.Optimizer):
         """m = b1 m + (1 - b1) g, and the step, where there is a gradient and curvature."""
         items = []
         for (p, group), g in zip(self._with_groups(), gradients, strict=True):
-            if g is None or (state := self._state_of(p, group))["t_h"] == 0:
+            if g is None:
+                if p in self.state:
+                    self.state[p]["idle"] += 1
+                continue
+            state = self._state_of(p, group)
+            state["idle"] = 0
+            if state["t_h"] == 0:
                 continue
             state["t"] += 1
+            state["age"] += 1
             dtype = state["m"].dtype
             theta = p.detach().to(dtype).contiguous()  # itself, where it is that already
             g = g.to(dtype).contiguous()
@@ -331,24 +348,16 @@ class AdaHessian(torch.optim.Optimizer):
         ValueError
             The state of another optimiser, of parameters of another shape, or of other blocks; nothing is changed.
         """
-        for group in state_dict["param_groups"]:
-            if missing := set(self.defaults) - set(group):
-                raise ValueError(
-                    "AdaHessian.load_state_dict: expected the state of an AdaHessian, got a group without "
-                    + ", ".join(sorted(missing))
-                )
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        saved = [state_dict["state"].get(i, {}) for i in saved_ids]
-        blocks = [group["block"] for group in state_dict["param_groups"] for _ in group["params"]]
-        parameters = self._parameters()
-        if len(saved) == len(parameters):  # else torch says what is wrong
-            for number, (p, state, block) in enumerate(zip(parameters, saved, blocks, strict=True)):
+
+        def check(groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
+            blocks = [group["block"] for group in groups for _ in group["params"]]
+            for number, (p, state, block) in enumerate(zip(self._parameters(), states, blocks, strict=True)):
                 check_state(state, p, block, number)
-        super().load_state_dict(state_dict)
-        for p, state in zip(self._parameters(), saved, strict=True):
-            for name in ("m", "v"):  # torch has converted them to the parameter's dtype
-                if name in state:
-                    self.state[p][name] = state[name].detach().to(p.device, state_dtype(p), copy=True).contiguous()
+
+        load_exactly(self, super().load_state_dict, state_dict, check, lambda p, _: state_dtype(p))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_process_group": self._process_group}
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -356,6 +365,7 @@ class AdaHessian(torch.optim.Optimizer):
             block = block_size(p, group["block"], "AdaHessian")
             shape = tuple(p.shape) if block == 1 else (p.numel() // block,)
             state["t"], state["t_h"] = 0, 0
+            state["age"], state["idle"] = 0, 0  # steps since its last estimate, steps without a gradient
             state["m"] = torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
             state["v"] = torch.zeros(shape, dtype=state_dtype(p), device=p.device)
         return state

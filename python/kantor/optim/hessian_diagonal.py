@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ Block = int | str | dict[int, Any] | None
 
 def hessian_diagonal(
     fun: Callable[[list[Tensor]], Tensor],
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     *,
     n_samples: int = 1,
     estimator: str = "hutchinson",
@@ -29,8 +29,9 @@ def hessian_diagonal(
     Parameters
     ----------
     fun : callable
-        ``fun(params)``: a scalar, in torch operations that can be differentiated twice. It gets the list.
-    params : sequence of Tensor
+        ``fun(params)``: a scalar, in torch operations that can be differentiated twice. It gets the list, and has to
+        use that: ``torch.func.functional_call`` does with a module's parameters.
+    params : iterable of Tensor
         The point, float32 or float64, of any shapes. It is not changed.
     n_samples : int
         Probes, one Hessian-vector product each.
@@ -49,7 +50,8 @@ def hessian_diagonal(
     Raises
     ------
     ValueError, TypeError
-        No parameters, not float32 or float64, a value that is not scalar, options out of range.
+        No parameters, not float32 or float64, a value that is not scalar or does not depend on them, options out of
+        range.
 
     Notes
     -----
@@ -75,7 +77,10 @@ def hessian_diagonal(
         raise ValueError(f"{name}: estimator: expected 'hutchinson', got {estimator!r}")
     if not (isinstance(n_samples, int) and n_samples >= 1):
         raise ValueError(f"{name}: n_samples: expected an integer >= 1, got {n_samples!r}")
-    if not isinstance(params, list | tuple) or not params:
+    if not callable(fun):
+        raise TypeError(f"{name}: fun: expected a function of a list of tensors, got {type(fun).__name__}")
+    params = [] if isinstance(params, Tensor) else list(params)
+    if not params:
         raise ValueError(f"{name}: params: expected a list of at least one tensor; put a single one into a list")
     for number, p in enumerate(params):
         check_float(check_tensor(p, name, f"params[{number}]"), name, f"params[{number}]")
@@ -99,6 +104,11 @@ def _products(fun: Callable[[list[Tensor]], Tensor], point: list[Tensor]) -> Cal
         check_tensor(value, "hessian_diagonal", "fun")
         if value.numel() != 1:
             raise ValueError(f"hessian_diagonal: fun: expected a scalar, got shape {tuple(value.shape)}")
+        if not value.requires_grad:
+            raise ValueError(
+                "hessian_diagonal: fun: expected a function of the list that it is given, got a value that does not "
+                "depend on it; for a module, compute with torch.func.functional_call"
+            )
         return value.reshape(())
 
     def double_backward(z: list[Tensor]) -> Sequence[Tensor]:
@@ -174,6 +184,8 @@ def _block_mean(values: Tensor, size: int) -> Tensor:
 
 def draw_seed(generator: torch.Generator | None) -> int:
     """A seed for :func:`rademacher`."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator, device=device))
 

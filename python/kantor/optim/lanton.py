@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +10,11 @@ import torch
 from torch import Tensor
 
 from kantor.linalg.msign import check_msign_options
+from kantor.optim._exact_state import load_exactly
+from kantor.optim._lanton_checks import MSIGN_NAMES, check_group, check_parameters, check_second
 from kantor.optim._lanton_step import BOOK, Layer, Ledger, update
-from kantor.optim.lmo import DEFAULT_SCALE, Ball, kind_of
+from kantor.optim._multi_tensor import state_dtype
+from kantor.optim.lmo import Ball, kind_of
 
 
 class Noise(NamedTuple):
@@ -89,8 +91,8 @@ class LANTON(torch.optim.Optimizer):
     ------
     ValueError
         An option out of range, or a kind that a tensor's shape does not fit.
-    NotImplementedError
-        Complex parameters.
+    TypeError, NotImplementedError
+        Parameters that are not floating-point; complex ones.
 
     Notes
     -----
@@ -98,12 +100,13 @@ class LANTON(torch.optim.Optimizer):
     and the matrices of one step. A step is one native pass over all tensors for the momenta, one batch of polar factors
     for each shape, and one native pass for the update. Nothing waits for the device. Tensors are compared with
     those of their kind on their device that step with them. Results are the same for any number of threads, except for
-    torch's own matrix products (matrices of more than 64 rows).
+    torch's own matrix products, which :func:`kantor.linalg.msign` uses for large matrices.
 
     A tensor without a gradient, or whose gradient is zero, is left alone: no step, momentum and factor unchanged. One
     whose gradient is not finite, too; that is counted (``state["skipped"]``) and warned of once, on CUDA by
     :meth:`noise_report`, since looking costs a wait. bfloat16 and float16 parameters are computed in float32 and
-    rounded. Under DistributedDataParallel gradients have been averaged when :meth:`step` sees them: all ranks agree.
+    rounded. Schedulers of the rate work; those that would cycle the momentum too want ``cycle_momentum=False``. Under
+    DistributedDataParallel gradients have been averaged when :meth:`step` sees them: all ranks agree.
 
     References
     ----------
@@ -169,23 +172,22 @@ class LANTON(torch.optim.Optimizer):
 
         Raises
         ------
-        ValueError, NotImplementedError
+        ValueError, TypeError, NotImplementedError
             As the constructor.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check(group)
+            check_group(group)
+            check_parameters(group["params"])
             names = group.get("param_names", [None] * len(group["params"]))
             group["kinds"] = [
                 kind_of(p, name) if group["kind"] == "auto" else group["kind"]
                 for p, name in zip(group["params"], names, strict=True)
             ]
             for p, kind in zip(group["params"], group["kinds"], strict=True):
-                if p.is_complex():
-                    raise NotImplementedError("LANTON: params: expected real parameters, got a complex one")
                 Ball(kind, tuple(p.shape)).check("LANTON")
-                check_msign_options("LANTON", "polar", None, group["matmul_dtype"], p.device)
+                check_msign_options("LANTON", "polar", None, group["matmul_dtype"], p.device, MSIGN_NAMES)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -214,8 +216,8 @@ class LANTON(torch.optim.Optimizer):
         ------
         RuntimeError
             A sparse gradient; ``second_grads`` missing.
-        ValueError
-            ``second_grads`` of other shapes than the parameters.
+        TypeError, ValueError
+            ``second_grads`` are no list of dense tensors of the parameters' shapes, or no group uses them.
         """
         loss = None
         if closure is not None:
@@ -238,10 +240,18 @@ class LANTON(torch.optim.Optimizer):
     def _layers(self, second_grads: Sequence[Tensor | None] | None) -> list[Layer]:
         """Collect the tensors that have a gradient, with new state where they have none."""
         total = sum(len(group["params"]) for group in self.param_groups)
-        if second_grads is not None and len(second_grads) != total:
-            raise ValueError(
-                f"LANTON.step: second_grads: expected one for each of {total} parameters, got {len(second_grads)}"
-            )
+        if second_grads is not None:
+            if not isinstance(second_grads, list | tuple):
+                raise TypeError(f"LANTON.step: second_grads: expected a list, got {type(second_grads).__name__}")
+            if len(second_grads) != total:
+                raise ValueError(
+                    f"LANTON.step: second_grads: expected one for each of {total} parameters, got {len(second_grads)}"
+                )
+            if all(group["second_gradient"] != "independent" for group in self.param_groups):
+                raise ValueError(
+                    "LANTON.step: second_grads: no group uses them; make the optimiser with "
+                    "second_gradient='independent', or leave them out"
+                )
         layers: list[Layer] = []
         number = -1
         for group in self.param_groups:
@@ -254,7 +264,7 @@ class LANTON(torch.optim.Optimizer):
                         f"LANTON.step: expected dense gradients, got layout {p.grad.layout}; use sparse=False, which "
                         "kind 'sign' handles"
                     )
-                dtype = torch.float64 if p.dtype is torch.float64 else torch.float32
+                dtype = state_dtype(p)
                 grad = p.grad.to(dtype).contiguous()
                 layer = Layer(p, grad, group, Ball(kind, tuple(p.shape)), self.state.get(p, {}))
                 if group["maximize"]:
@@ -267,11 +277,7 @@ class LANTON(torch.optim.Optimizer):
                             "LANTON.step: second_grads: expected the gradients of a second batch, which "
                             "second_gradient='independent' needs at this step, got None"
                         )
-                    if second.shape != p.shape:
-                        raise ValueError(
-                            f"LANTON.step: second_grads[{number}]: expected shape {tuple(p.shape)}, got "
-                            f"{tuple(second.shape)}"
-                        )
+                    check_second(second, p, number)
                     layer.second = second.detach().to(p.device, dtype).contiguous()
                     if group["maximize"]:
                         layer.second = -layer.second
@@ -329,50 +335,32 @@ class LANTON(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            It belongs to parameters of other shapes or groups; nothing has changed then.
+            It belongs to another optimiser, or to parameters of other shapes or groups; nothing has changed then.
         """
-        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved = {p: state_dict["state"][i] for i, p in zip(ids, parameters, strict=False) if i in state_dict["state"]}
-        for number, (p, values) in enumerate(saved.items()):
-            for name in ("momentum", "previous"):
-                if name in values and values[name].shape != p.shape:
+
+        def check(groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            kinds = [kind for group in groups for kind in group["kinds"]]
+            for number, (p, kind, values) in enumerate(zip(parameters, kinds, states, strict=True)):
+                where = f"LANTON.load_state_dict: parameter {number}"
+                Ball(kind, tuple(p.shape)).check(where)
+                if values and (missing := {"step", "momentum", *BOOK} - set(values)):
                     raise ValueError(
-                        f"LANTON.load_state_dict: {name} of parameter {number}: expected shape {tuple(p.shape)}, got "
-                        f"{tuple(values[name].shape)}; the state belongs to another model"
+                        f"{where}: expected a state of LANTON, got one without {', '.join(sorted(missing))}"
                     )
-        super().load_state_dict(state_dict)
-        for p, values in saved.items():  # torch rounds states to the dtype of the parameter
-            own = torch.float64 if p.dtype is torch.float64 else torch.float32
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(p.device, torch.float64 if name in BOOK else own, copy=True)
+                for name in ("momentum", "previous"):
+                    if name in values and values[name].shape != p.shape:
+                        raise ValueError(
+                            f"{where}: {name}: expected shape {tuple(p.shape)}, got {tuple(values[name].shape)}; "
+                            "the state belongs to another model"
+                        )
+
+        load_exactly(
+            self, super().load_state_dict, state_dict, check,
+            lambda p, name: torch.float64 if name in BOOK else state_dtype(p),
+        )  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._ledgers = {}
         self._warned = False
-
-
-def _check(group: dict[str, Any]) -> None:
-    """Raise at the first option of a group that is out of range."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float | Tensor) and not isinstance(value, bool) and math.isfinite(value)
-
-    def demand(name: str, fits: Callable[[Any], bool], expected: str) -> None:
-        if not fits(group[name]):
-            raise ValueError(f"LANTON: {name}: expected {expected}, got {group[name]!r}")
-
-    demand("lr", lambda x: is_number(x) and x >= 0, "a number >= 0")
-    for name in ("beta1", "beta2"):
-        demand(name, lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)")
-    demand("alpha", lambda x: x == "auto" or (is_number(x) and x > 0), "'auto' or a number > 0")
-    demand("scale", lambda x: x is None or (is_number(x) and x > 0), "None or a number > 0")
-    demand("weight_decay", lambda x: is_number(x) and x >= 0, "a number >= 0")
-    demand("second_gradient", lambda x: x in ("previous", "independent"), "'previous' or 'independent'")
-    demand("noise_estimator", lambda x: x in ("nuclear", "frobenius"), "'nuclear' or 'frobenius'")
-    demand("noise_every", lambda x: isinstance(x, int) and x >= 1, "an integer >= 1")
-    demand("min_factor", lambda x: is_number(x) and 0 <= x <= 1, "a number in [0, 1]")
-    demand("kind", lambda x: x == "auto" or x in DEFAULT_SCALE, f"'auto' or one of {', '.join(DEFAULT_SCALE)}")
-    check_msign_options("LANTON", group["msign_method"], group["msign_steps"], group["matmul_dtype"])

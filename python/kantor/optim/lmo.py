@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kantor._checks import check_finite, check_tensor
-from kantor.linalg.msign import check_msign_options, iterate
+from kantor._checks import check_finite, check_tensor, is_number
+from kantor.linalg.msign import check_msign_options, over_largest, polar_factor
 
 KINDS = ("spectral", "spectral_conv", "sign", "rms", "row", "col")
 MATRIX_KINDS = ("spectral", "spectral_conv")  # those whose oracle is a polar factor
@@ -111,7 +111,8 @@ def lmo(
     Raises
     ------
     TypeError, ValueError
-        Not a dense real floating-point tensor; unknown kind, or one that the shape does not fit; NaN or infinity.
+        Not a dense real floating-point tensor; unknown kind, or one that the shape does not fit; NaN or infinity; a
+        scale that is not positive.
 
     References
     ----------
@@ -126,8 +127,11 @@ def lmo(
     >>> bool((inner - dual_norm(B, "sign")).abs() < 1e-12)
     True
     """
-    ball = _ball(B, kind, "lmo", "B", method, steps, dtype)
-    return scale * ball.size * unit(ball, B.detach(), lambda X: iterate(X, method, steps, dtype))
+    ball = _ball(B, kind, scale, "lmo", "B", method, steps, dtype)
+    if B.numel() == 0:
+        return torch.zeros_like(B)
+    direction = unit(ball, _wide(B), lambda X: polar_factor(X, method, steps, dtype))
+    return (scale * ball.size * direction).to(B.dtype)
 
 
 def dual_norm(
@@ -166,13 +170,15 @@ def dual_norm(
     >>> float(dual_norm(torch.tensor([3.0, -4.0]), "sign"))
     3.5
     """
-    ball = _ball(A, kind, "dual_norm", "A", method, steps, dtype)
-    A = A.detach()
+    ball = _ball(A, kind, scale, "dual_norm", "A", method, steps, dtype)
+    if A.numel() == 0:
+        return A.new_zeros(())
+    wide = _wide(A)
     if kind in MATRIX_KINDS and method == "svd":
-        total = torch.linalg.svdvals(A.reshape(ball.matrix)).sum()
+        total = torch.linalg.svdvals(wide.reshape(ball.matrix)).sum()
     else:
-        total = (A * unit(ball, A, lambda X: iterate(X, method, steps, dtype))).sum()
-    norm: Tensor = scale * ball.size * total
+        total = (wide * unit(ball, wide, lambda X: polar_factor(X, method, steps, dtype))).sum()
+    norm: Tensor = (scale * ball.size * total).to(A.dtype)
     return norm
 
 
@@ -201,19 +207,19 @@ def primal_norm(A: Tensor, kind: str, *, scale: float = 1.0) -> Tensor:
     >>> float(primal_norm(torch.eye(4), "spectral"))
     1.0
     """
-    ball = _ball(A, kind, "primal_norm", "A", "svd", None, None)
-    A = A.detach()
+    ball = _ball(A, kind, scale, "primal_norm", "A", "svd", None, None)
     if A.numel() == 0:
         return A.new_zeros(())
+    wide = _wide(A)
     if kind in MATRIX_KINDS:
-        largest = torch.linalg.matrix_norm(A.reshape(ball.matrix), 2)
+        largest = torch.linalg.matrix_norm(wide.reshape(ball.matrix), 2)
     elif kind == "sign":
-        largest = A.abs().max()
-    elif kind == "rms":
-        largest = torch.linalg.vector_norm(A)
+        largest = wide.abs().max()
     else:
-        largest = torch.linalg.vector_norm(A, dim=1 if kind == "row" else 0).max()
-    norm: Tensor = largest / (scale * ball.size)
+        X, most = over_largest(wide.reshape(-1), 0)
+        dim = {"row": 1, "col": 0}.get(kind)
+        largest = most[0] * torch.linalg.vector_norm(X.view(wide.shape), dim=dim).max()
+    norm: Tensor = (largest / (scale * ball.size)).to(A.dtype)
     return norm
 
 
@@ -224,14 +230,30 @@ def unit(ball: Ball, B: Tensor, polar: Callable[[Tensor], Tensor]) -> Tensor:
     if ball.kind == "sign":
         return B.sign()
     dim = {"row": 1, "col": 0}.get(ball.kind)
-    norm = torch.linalg.vector_norm(B, dim=dim, keepdim=True)
-    return torch.where(norm > 0, B / norm, 0.0)
+    X = B.reshape(-1) if dim is None else B
+    X = over_largest(X, dim or 0)[0]
+    norm = torch.linalg.vector_norm(X, dim=dim, keepdim=True)
+    return torch.where(norm > 0, X / norm, 0.0).view(B.shape)
+
+
+def _wide(A: Tensor) -> Tensor:
+    """A without its graph, in a precision that decompositions and sums have."""
+    return A.detach() if A.dtype is torch.float64 else A.detach().float()
 
 
 def _ball(
-    A: Tensor, kind: str, function: str, argument: str, method: str, steps: int | None, dtype: torch.dtype | None
+    A: Tensor,
+    kind: str,
+    scale: float,
+    function: str,
+    argument: str,
+    method: str,
+    steps: int | None,
+    dtype: torch.dtype | None,
 ) -> Ball:
     check_tensor(A, function, argument)
+    if not (is_number(scale) and scale > 0):
+        raise ValueError(f"{function}: scale: expected a number > 0, got {scale!r}")
     check_msign_options(function, method, steps, dtype, A.device)
     if not A.dtype.is_floating_point:
         raise TypeError(f"{function}: {argument}: expected a real floating-point tensor, got {A.dtype}")
@@ -285,7 +307,9 @@ def lmo_param_groups(
     Raises
     ------
     TypeError
-        ``model`` is not a module.
+        ``model`` is not a module, or ``head_names`` a single string.
+    ValueError
+        A parameter of a lazy module that has no shape yet.
 
     Examples
     --------
@@ -297,12 +321,19 @@ def lmo_param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"lmo_param_groups: model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(head_names, str):
+        raise TypeError(f"lmo_param_groups: head_names: expected several names, got a string; write ({head_names!r},)")
     heads = tuple(head_names)
     tables = {id(p) for m in model.modules() if isinstance(m, embedding_types) for p in m.parameters(recurse=False)}
     groups: dict[str, list[tuple[str, Tensor]]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
+        if isinstance(p, nn.UninitializedParameter):
+            raise ValueError(
+                f"lmo_param_groups: model: expected parameters with a shape, got {name} of a lazy module; "
+                "call the model on a batch first"
+            )
         module_parts = name.split(".")[:-1]
         if p.ndim >= 2 and (id(p) in tables or any(part in heads for part in module_parts)):
             kind = "sign"
