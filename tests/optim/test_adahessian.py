@@ -67,17 +67,18 @@ def flat(net: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.3, 0.0])
 @pytest.mark.parametrize("decay", [0.0, 0.01])
-@pytest.mark.parametrize("period", [1, 2])
-def test_trajectory_of_the_definition(power: float, decay: float, period: int) -> None:
+@pytest.mark.parametrize(("period", "first"), [(1, 1), (2, 1), (2, 3)])
+def test_trajectory_of_the_definition(power: float, decay: float, period: int, first: int) -> None:
     lr, b1, b2, eps = 0.1, 0.9, 0.99, 1e-4
     w, m, v, refreshes = START.copy(), np.zeros(3), np.zeros(3), 0
     p = nn.Parameter(torch.tensor(START))
-    optimizer = AdaHessian([p], lr, (b1, b2), eps, decay, hessian_power=power, update_period=period)
-    for t in range(5):
+    options = {"hessian_power": power, "update_period": period, "first_estimates": first}
+    optimizer = AdaHessian([p], lr, (b1, b2), eps, decay, **options)
+    for t in range(6):
         (z,) = signs([p], t)
         optimizer.step(lambda: value(p), probes=[z])
         g = A @ w - np.sin(w)
-        if t % period == 0:
+        if t < first or (t - first + 1) % period == 0:
             D = np.abs(z.numpy() * ((A - np.diag(np.cos(w))) @ z.numpy()))
             v = b2 * v + (1 - b2) * D**2
             refreshes += 1
@@ -176,7 +177,7 @@ def test_delayed_curvature_has_the_denominators_of_a_constant_hessian() -> None:
     ends = []
     for period in (1, 2, 5):
         p = nn.Parameter(torch.tensor(START))
-        optimizer = AdaHessian([p], betas=(0.9, 0.99), update_period=period)
+        optimizer = AdaHessian([p], betas=(0.9, 0.99), update_period=period, first_estimates=1)
         for _ in range(12):
             optimizer.step(lambda p=p: 0.5 * (scales * p * p).sum())
         assert optimizer.state[p]["t_h"] == math.ceil(12 / period)
@@ -588,7 +589,7 @@ def test_parameters_without_gradient_or_curvature() -> None:
 
 def test_a_late_parameter_waits_for_curvature() -> None:
     early, late = (nn.Parameter(torch.ones(2, dtype=F64)) for _ in range(2))
-    optimizer = AdaHessian([early, late], update_period=2)
+    optimizer = AdaHessian([early, late], update_period=2, first_estimates=1)
     optimizer.step(lambda: early.pow(4).sum())
     optimizer.step(lambda: early.pow(4).sum() + late.pow(4).sum())
     assert torch.equal(late.detach(), torch.ones(2, dtype=F64))
@@ -600,7 +601,7 @@ def test_a_late_parameter_waits_for_curvature() -> None:
 def test_no_parameter_is_left_without_curvature() -> None:
     """Whichever has a gradient when: a new one beside a frozen one, and one that is used between estimates only."""
     first, later = (nn.Parameter(torch.ones(2, dtype=F64)) for _ in range(2))
-    optimizer = AdaHessian([first, later], 0.05, update_period=5)
+    optimizer = AdaHessian([first, later], 0.05, update_period=5, first_estimates=1)
     for _ in range(7):
         optimizer.step(lambda: first.pow(4).sum())
     first.requires_grad_(False)
@@ -611,7 +612,7 @@ def test_no_parameter_is_left_without_curvature() -> None:
     assert optimizer.state[later]["t"] == 15
     assert due == [i == 1 or (i > 1 and i % 5 == 1) for i in range(16)]
     even, odd = (nn.Parameter(torch.ones(2, dtype=F64)) for _ in range(2))
-    optimizer = AdaHessian([even, odd], update_period=2)
+    optimizer = AdaHessian([even, odd], update_period=2, first_estimates=1)
     for i in range(12):
         optimizer.step(lambda p=(even, odd)[i % 2]: p.pow(4).sum())
     assert all(optimizer.state[p]["t_h"] >= optimizer.state[p]["t"] / 2 > 2 for p in (even, odd))
@@ -643,6 +644,7 @@ def test_compiled_models() -> None:
         ({"betas": (0.9, -0.1)}, "betas"),
         ({"hessian_power": 1.5}, "hessian_power"),
         ({"update_period": 0}, "update_period"),
+        ({"first_estimates": 0}, "first_estimates"),
         ({"n_samples": 0}, "n_samples"),
         ({"max_update": 0.0}, "max_update"),
         ({"lr": "0.1"}, "lr: expected a number >= 0, got '0.1'"),
@@ -784,3 +786,12 @@ def test_training_on_digits(size: str, request: pytest.FixtureRequest) -> None:
         assert max(loss for loss, _ in ours) < 0.05
         assert min(loss for loss, _ in ours) <= 2 * min(loss for loss, _ in adams)
         assert max(accuracy for _, accuracy in ours) >= max(accuracy for _, accuracy in adams) - 0.01
+    for lr in (0.05, 0.1, 0.15):  # a fifth of the estimates
+        each, fifth = (
+            sum(
+                train(lambda params, lr=lr, p=p: AdaHessian(params, lr, seed=0, update_period=p), s, 15)[0]
+                for s in range(3)
+            )
+            for p in (1, 5)
+        )
+        assert fifth <= 1.3 * each, lr

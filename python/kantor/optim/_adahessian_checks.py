@@ -11,7 +11,13 @@ from torch import Tensor
 from kantor._checks import is_number
 from kantor.optim.hessian_diagonal import block_size
 
-COMMON = ("update_period", "n_samples", "skip_nonfinite", "seed")  # one step takes all groups at once
+COMMON = (
+    "update_period",
+    "first_estimates",
+    "n_samples",
+    "skip_nonfinite",
+    "seed",
+)  # one step takes all groups at once
 
 
 def check_group(group: dict[str, Any], first: dict[str, Any] | None = None) -> None:
@@ -24,7 +30,7 @@ def check_group(group: dict[str, Any], first: dict[str, Any] | None = None) -> N
         raise ValueError(f"AdaHessian: betas: expected two numbers in [0, 1), got {betas!r}")
     if not (is_number(group["hessian_power"]) and 0 <= group["hessian_power"] <= 1):
         raise ValueError(f"AdaHessian: hessian_power: expected a number in [0, 1], got {group['hessian_power']!r}")
-    for name in ("update_period", "n_samples"):
+    for name in ("update_period", "first_estimates", "n_samples"):
         if not (isinstance(group[name], int) and group[name] >= 1):
             raise ValueError(f"AdaHessian: {name}: expected an integer >= 1, got {group[name]!r}")
     if group["max_update"] is not None and not (is_number(group["max_update"]) and group["max_update"] > 0):

@@ -58,8 +58,10 @@ class AdaHessian(torch.optim.Optimizer):
         no averaging for vectors and matrices; ``"row"``: rows of matrices too, often better for transformers; a number
         that divides the parameter's entries; or one of these for each number of dimensions.
     update_period : int
-        Steps between two estimates of the curvature. 5 costs little more than Adam, and wants the rate warmed up over
-        some 20 steps, or a period of 1 for the first three: the group's ``update_period`` may be changed at any time.
+        Steps between two estimates of the curvature. 5 costs little more than Adam.
+    first_estimates : int
+        Estimates that a parameter gets in a row before `update_period` begins to count. A single one, of one probe,
+        takes some entries for flat by chance, and would rule several steps; 1 is the published rule.
     n_samples : int
         Probes in an estimate, one Hessian-vector product each. Signed products are averaged, which makes for smaller
         denominators and longer steps.
@@ -91,7 +93,8 @@ class AdaHessian(torch.optim.Optimizer):
 
     Notes
     -----
-    Step t, counted from 0, with the curvature renewed where ``t mod update_period = 0``::
+    Step t, counted from 0, with the curvature renewed at t < `first_estimates` and every ``update_period`` steps from
+    then on::
 
         D = blockmean |z * H z|,   v = b2 v + (1 - b2) D^2
         m = b1 m + (1 - b1) g
@@ -145,6 +148,7 @@ class AdaHessian(torch.optim.Optimizer):
         hessian_power: float = 1.0,
         block: Block = "auto",
         update_period: int = 1,
+        first_estimates: int = 3,
         n_samples: int = 1,
         max_update: float | None = None,
         skip_nonfinite: bool = False,
@@ -161,6 +165,7 @@ class AdaHessian(torch.optim.Optimizer):
             "hessian_power": hessian_power,
             "block": block,
             "update_period": update_period,
+            "first_estimates": first_estimates,
             "n_samples": n_samples,
             "max_update": max_update,
             "skip_nonfinite": skip_nonfinite,
@@ -199,9 +204,9 @@ class AdaHessian(torch.optim.Optimizer):
     @property
     def refresh_due(self) -> bool:
         """Whether the next step renews the curvature and so needs a graph."""
-        period = self.param_groups[0]["update_period"]
+        period, first = self.param_groups[0]["update_period"], self.param_groups[0]["first_estimates"]
         used = [state for state in self.state.values() if state["idle"] < period]
-        return not self.state or any(state["t_h"] == 0 or state["age"] >= period for state in used)
+        return not self.state or any(state["t_h"] < first or state["age"] >= period for state in used)
 
     # --- one step ---
 
