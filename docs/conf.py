@@ -39,6 +39,7 @@ autosummary_generate = False
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+strip_signature_backslash = True  # so that names with an underscore at their end keep it
 
 root = Path(__file__).resolve().parent.parent
 doctest_global_setup = f"""

@@ -16,9 +16,10 @@ FLOATS = (torch.float32, torch.float64)
 def check_tensor(value: object, function: str, argument: str) -> Tensor:
     """Return ``value`` if it is a strided tensor, else raise TypeError."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {argument}: expected a torch.Tensor, got {type(value).__name__}")
+        hint = f"; call torch.from_numpy({argument})" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{function}: {argument}: expected a torch.Tensor, got {type(value).__name__}{hint}")
     if value.layout is not torch.strided:
-        raise TypeError(f"{function}: {argument}: expected a dense tensor, got layout {value.layout}")
+        raise TypeError(f"{function}: {argument}: expected a dense tensor, got layout {value.layout}; call .to_dense()")
     return value
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kantor.transport import TransportResult
 from kantor.transport._cost import COSINE, SQEUCLIDEAN
+from kantor.transport._extension import CHUNK_ENTRIES, softmax_map
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     Image = NDArray[np.float64]  # (h, w, 3), values in [0, 1]
 
 _LEVELS = 65535  # colours are told apart to 16 bits a channel
-_CHUNK_ENTRIES = 1 << 21  # of the costs that are looked at together: 16 MB
 
 
 def sample_colours(image: Image, count: int, random: np.random.Generator) -> Tensor:
@@ -55,16 +55,13 @@ def extend_map(result: TransportResult, points: Tensor, targets: Tensor) -> Tens
     cost, reg = result.cost.detach(), result.reg
     g = result.potentials[1].detach().to(torch.float64)
     points, targets = points.to(torch.float64), targets.to(torch.float64)
+    if cost.kind == SQEUCLIDEAN:
+        return softmax_map(points, targets, g, reg)
     images = []
-    for part in points.split(max(1, _CHUNK_ENTRIES // len(targets))):
-        if cost.kind == SQEUCLIDEAN:
-            # |x|^2 is the same for the whole row, so that the softmax does not see it: one product does.
-            scores = torch.addmm((g - targets.square().sum(1)) / reg, part, (2 / reg) * targets.mT)
-        else:
-            x = torch.nn.functional.normalize(part, dim=-1) if cost.kind == COSINE else part
-            tile = replace(cost, x=x.to(cost.dtype)).tile(0, len(part))
-            scores = (g - tile.to(torch.float64)) / reg
-        images.append(torch.softmax(scores, 1) @ targets)
+    for part in points.split(max(1, CHUNK_ENTRIES // len(targets))):
+        x = torch.nn.functional.normalize(part, dim=-1) if cost.kind == COSINE else part
+        tile = replace(cost, x=x.to(cost.dtype)).tile(0, len(part))
+        images.append(torch.softmax((g - tile.to(torch.float64)) / reg, 1) @ targets)
     return torch.cat(images)
 
 

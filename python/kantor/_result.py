@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from torch import Tensor
 
+from kantor._checks import host_array
 from kantor._errors import ConvergenceError
 
 if TYPE_CHECKING:
@@ -182,6 +183,10 @@ class SolveResult:
         if not self.converged:
             raise ConvergenceError(f"{self.method}: {self.message}", self)
         return self
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Return x as a NumPy array, shaped like ``b``, from whatever device and without derivatives."""
+        return host_array(self.x)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Plot the residual norm against the iteration (needs matplotlib, extra ``cli``)."""

@@ -38,6 +38,13 @@ def short(x: Any = X, labels: Any = FEW, **options: Any) -> ClassifyResult:
 # --- what it finds ---
 
 
+@pytest.mark.parametrize("scale", ["columns", "together"])
+@pytest.mark.parametrize("factor", [2.0**-900, 2.0**900])
+def test_scales_whose_squares_are_out_of_range(factor: float, scale: Any) -> None:
+    x = X.double()
+    assert torch.equal(scaled(factor * x, scale), scaled(x, scale))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_separated_classes(method: Any) -> None:
     result = short(method=method).check()

@@ -58,7 +58,7 @@ def read_labels(labels: Any, n: int) -> Labels:
         values = list(labels.tolist() if hasattr(labels, "tolist") else labels)
         if len(values) != n:
             raise ValueError(f"classify: labels: expected {n}, one a row, got {len(values)}; -1 or None where unknown")
-    names = [None if _is_unknown(value) else _plain(value) for value in values]
+    names = [None if is_unknown(value) else _plain(value) for value in values]
     counts = Counter(name for name in names if name is not None)
     if len(counts) < 2:
         raise ValueError(f"classify: labels: expected known labels of at least two classes, got {_few(counts, values)}")
@@ -81,7 +81,8 @@ def _few(counts: Counter[Any], values: list[Any]) -> str:
     return what + (" (-1 means unknown: name a class otherwise)" if minus else "")
 
 
-def _is_unknown(value: Any) -> bool:
+def is_unknown(value: Any) -> bool:
+    """Whether a label stands for none: -1, None, NaN, the empty word."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     if isinstance(value, str):
@@ -152,23 +153,54 @@ def _table(x: Any, names: list[str]) -> np.ndarray[Any, Any]:
     return np.stack(columns, 1) if columns else np.empty((len(x), 0))
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """What brings the rows of a table, and others like them, onto a common scale: ``(x - mean) / spread``.
+
+    Attributes
+    ----------
+    mean, spread : Tensor (d,) or (), optional
+        Of the table, float64. None: the sum of each row is the spread of the row.
+    """
+
+    mean: Tensor | None
+    spread: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, how: str) -> Scaling:
+        """The scaling that suits a table; see :func:`kantor.graph.classify`."""
+        if how == "auto":
+            how = _scale_of(x)
+        if how == "rows":
+            return cls(None, None)
+        exact = x.double()
+        if how == "none":
+            return cls(exact.new_zeros(()), exact.new_ones(()))
+        # A column of one value is zero but for the rounding of that value: it must not be blown up.
+        rounding = 10 * torch.finfo(x.dtype).eps * exact.abs().amax(0)
+        mean = exact.mean(0)
+        spread = _root_mean_square(exact - mean)
+        if how == "together":
+            spread, rounding = _root_mean_square(spread), rounding.max()
+        return cls(mean, torch.where(spread > rounding, spread, 1))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows on the common scale, in their dtype."""
+        if self.mean is None or self.spread is None:
+            sums = x.abs().sum(1, keepdim=True)
+            return x / torch.where(sums > 0, sums, 1)
+        return ((x.double() - self.mean) / self.spread).to(x.dtype)
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    """Of each column; squared next to one, lest squares leave the range of float64."""
+    unit = torch.exp2(torch.frexp(x.abs().amax(0)).exponent.clamp(-1000, 1000).double())
+    return (x / unit).square().mean(0).sqrt() * unit
+
+
 def scaled(x: Tensor, how: str) -> Tensor:
     """Features on a common scale; see :func:`kantor.graph.classify`."""
-    if how == "auto":
-        how = _scale_of(x)
-    if how == "none":
-        return x
-    if how == "rows":
-        sums = x.abs().sum(1, keepdim=True)
-        return x / torch.where(sums > 0, sums, 1)
-    exact = x.double()
-    # A column of one value is zero but for the rounding of that value: it must not be blown up.
-    rounding = 10 * torch.finfo(x.dtype).eps * exact.abs().amax(0)
-    exact = exact - exact.mean(0)
-    spread = exact.square().mean(0).sqrt()
-    if how == "together":
-        spread, rounding = spread.square().mean().sqrt(), rounding.max()
-    return (exact / torch.where(spread > rounding, spread, 1)).to(x.dtype)
+    return Scaling.of(x, how)(x)
 
 
 def _scale_of(x: Tensor) -> str:
@@ -180,4 +212,4 @@ def _scale_of(x: Tensor) -> str:
     return "together" if x.shape[1] > 2 and shared >= 0.5 * x.shape[1] else "columns"
 
 
-__all__ = ["Labels", "read_features", "read_labels", "scaled"]
+__all__ = ["Labels", "Scaling", "is_unknown", "read_features", "read_labels", "scaled"]

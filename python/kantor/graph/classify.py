@@ -193,7 +193,7 @@ def classify(
         model=None if fit is None else fit.model,
         _known=type(known)(numbers, known.classes),
         _features=features,
-        _solve=lambda seen, title: problem.solve(seen, None, bool(title))[0],
+        _solve=problem.again,
         _seed=seed,
     )
 
@@ -245,6 +245,10 @@ class _Problem:
             progress=progress,
         )
         return fit.probabilities / fit.probabilities.sum(1, keepdim=True), fit
+
+    def again(self, numbers: Tensor, title: str) -> Tensor:
+        """Probabilities from other labels, with a bar where there is a title for it."""
+        return self.solve(numbers, None, bool(title))[0]
 
     def _spread(self, numbers: Tensor) -> Tensor:
         """Shares of walks from the labels, ``a (I - (1 - a) S)^-1 Y``, by the iteration of which that is the limit."""

@@ -122,14 +122,14 @@ def from_torch(A: Tensor, *, self_loops: bool = False, normalize: Normalize = No
     Parameters
     ----------
     A : Tensor (n, n)
-        Sparse CSR or COO, non-negative, float32 or float64; its values may require a gradient.
+        Sparse in any layout, non-negative, float32 or float64; its values may require a gradient.
     self_loops, normalize, undirected
         As in :func:`from_edge_index`; by default W is A as it is.
 
     Raises
     ------
     TypeError
-        Another layout or dtype.
+        Not sparse, or another dtype.
     ValueError
         Not square; negative, NaN or infinite values.
 
@@ -141,11 +141,9 @@ def from_torch(A: Tensor, *, self_loops: bool = False, normalize: Normalize = No
     Graph(2 nodes, 2 edges, symmetric, weights 2, float32, cpu)
     """
     if not isinstance(A, Tensor):
-        raise TypeError(f"from_torch: A: expected a torch sparse CSR or COO tensor, got {type(A).__name__}")
-    if A.layout not in (torch.sparse_csr, torch.sparse_coo):
-        raise TypeError(
-            f"from_torch: A: expected a torch sparse CSR or COO tensor, got layout {A.layout}; call A.to_sparse_csr()"
-        )
+        raise TypeError(f"from_torch: A: expected a torch sparse tensor, got {type(A).__name__}")
+    if A.layout is torch.strided:
+        raise TypeError("from_torch: A: expected a torch sparse tensor, got a dense one; call A.to_sparse_csr()")
     return _from_matrix("from_torch", A, self_loops, normalize, undirected)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable as CallableType
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,21 +118,29 @@ class LinearOperator:
         return self.to_csr()
 
     def to_scipy(self) -> ScipyOperator:
-        """Return a ``scipy.sparse.linalg.LinearOperator`` on the host (needs scipy, extra ``cli``)."""
+        """Return a ``scipy.sparse.linalg.LinearOperator`` on the host (needs scipy, extra ``cli``).
+
+        Its products run here, all columns of a block at once, in the operator's dtype and on its device; their vectors
+        are NumPy arrays. Operators without a transpose have no ``rmatvec``.
+        """
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-        def apply(operator: LinearOperator) -> CallableType[[Any], Any]:
-            def matvec(x: Any) -> Any:
-                vector = torch.as_tensor(x.reshape(-1)).to(operator.device, operator.dtype)
-                return operator.matvec(vector).detach().cpu().numpy()
+        def apply(operator: LinearOperator) -> tuple[CallableType[[Any], Any], CallableType[[Any], Any]]:
+            def matmat(X: Any) -> Any:
+                if X.dtype.kind == "c":
+                    name = f"{type(self).__name__}.to_scipy"
+                    raise TypeError(f"{name}: x: expected real numbers, got {X.dtype}; apply it to .real and .imag")
+                rows = torch.tensor(X.T, dtype=operator.dtype, device=operator.device)  # a copy: X may be read-only
+                return operator.matvec(rows).detach().cpu().numpy().T
 
-            return matvec
+            return lambda x: matmat(x.reshape(-1)), matmat
 
-        dtype = str(self.dtype).removeprefix("torch.")
-        transposed = None if self.shape[0] != self.shape[1] else apply(self)
+        matvec, matmat = apply(self)
+        rmatvec = rmatmat = None
         with suppress(TypeError):  # unknown transpose: solvers for symmetric operators do not need it
-            transposed = apply(self.T)
-        return ScipyOperator(self.shape, matvec=apply(self), rmatvec=transposed, dtype=dtype)
+            rmatvec, rmatmat = apply(self.T)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return ScipyOperator(self.shape, matvec=matvec, rmatvec=rmatvec, matmat=matmat, rmatmat=rmatmat, dtype=dtype)
 
     def to(self, dtype: torch.dtype) -> LinearOperator:
         """Return the operator with its entries converted to another floating-point dtype."""
@@ -293,8 +302,9 @@ def as_operator(A: Any, *, like: Tensor | None = None) -> LinearOperator:
 
     Parameters
     ----------
-    A : LinearOperator, Tensor, torch sparse CSR/COO tensor, scipy sparse matrix or LinearOperator, or callable
-        Dense tensors are ``(rows, columns)``. A callable takes and returns ``(..., n)``; `like` tells its size.
+    A : LinearOperator, Tensor, torch sparse tensor, scipy sparse matrix or array, LinearOperator, or callable
+        Dense tensors are ``(rows, columns)``; torch's sparse layouts are COO, CSR, CSC, BSR and BSC. A callable takes
+        and returns ``(..., n)``; `like` tells its size.
     like : Tensor, optional
         A vector ``(..., n)``: size, dtype and device of a callable, and of scipy's operators.
 
@@ -316,11 +326,18 @@ def as_operator(A: Any, *, like: Tensor | None = None) -> LinearOperator:
         return Callable.from_scipy(A, like=like)
     if module.startswith("scipy.sparse") or hasattr(A, "tocsr"):
         return CSR.from_any(A)
-    if callable(A):
+    hint = ""
+    if isinstance(A, np.ndarray):
+        hint = "; call torch.from_numpy(A)"
+    elif hasattr(A, "laplacian"):  # kantor.graph.Graph
+        hint = "; a graph has several matrices: take .laplacian() or .adjacency()"
+    elif hasattr(A, "edge_index"):  # of torch_geometric
+        hint = "; call kantor.graph.from_pyg(A), and .laplacian() or .adjacency() of that"
+    elif callable(A):
         if like is None:
             raise TypeError("as_operator: a bare callable has no size; wrap it as kantor.linalg.Callable(fn, n)")
         return Callable(A, like.shape[-1], dtype=like.dtype, device=like.device)
     raise TypeError(
         "as_operator: A: expected a tensor, a kantor operator, a scipy sparse matrix or LinearOperator, or a callable, "
-        f"got {type(A).__name__}"
+        f"got {type(A).__name__}{hint}"
     )

@@ -118,7 +118,9 @@ class CSR(LinearOperator):
 
     @classmethod
     def from_any(cls, A: Any) -> CSR:
-        """Build from a torch sparse CSR or COO tensor, or a scipy sparse matrix or array.
+        """Build from a torch sparse tensor (COO, CSR, CSC, BSR, BSC), or a scipy sparse matrix or array.
+
+        Differentiable in the values of a torch tensor. What is stored is an entry, also a zero inside a block.
 
         Raises
         ------
@@ -132,10 +134,14 @@ class CSR(LinearOperator):
                 raise ValueError(f"CSR.from_any: expected a matrix, got shape {tuple(A.shape)}")
             if A.layout is torch.sparse_csr:
                 return cls(A.crow_indices(), A.col_indices(), A.values(), (A.shape[0], A.shape[1]))
+            if A.layout is torch.sparse_csc:
+                return cls(A.ccol_indices(), A.row_indices(), A.values(), (A.shape[1], A.shape[0])).T
+            if A.layout in (torch.sparse_bsr, torch.sparse_bsc):
+                A = A.to_sparse_coo()
             if A.layout is torch.sparse_coo:
                 A = A.coalesce()
                 return cls.from_coo(A.indices()[0], A.indices()[1], A.values(), (A.shape[0], A.shape[1]))
-            raise TypeError(f"CSR.from_any: expected a sparse CSR or COO tensor, got layout {A.layout}")
+            raise TypeError(f"CSR.from_any: expected a sparse tensor, got layout {A.layout}; call A.to_sparse_csr()")
         if not hasattr(A, "tocsr"):
             raise TypeError(f"CSR.from_any: expected a torch or scipy sparse matrix, got {type(A).__name__}")
         if len(A.shape) != 2:

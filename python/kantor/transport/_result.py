@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kantor._checks import check_tensor, host_array
 from kantor._errors import ConvergenceError
 from kantor._ops import backend
 from kantor._result import Status
@@ -280,14 +281,21 @@ class TransportResult:
             )
         return sparse_csr(found, (n, m))
 
+    def to_scipy(self, threshold: float | None = None, *, limit: int | None = None) -> Any:
+        """:meth:`plan_sparse` as a ``scipy.sparse.csr_array`` (needs scipy, extra ``cli``)."""
+        from scipy.sparse import csr_array
+
+        plan = self.plan_sparse(threshold, limit=limit)
+        parts = plan.values(), plan.col_indices(), plan.crow_indices()
+        return csr_array(tuple(host_array(part) for part in parts), shape=self.shape)
+
     def apply(self, V: Tensor, *, transpose: bool = False) -> Tensor:
         """``P V``, or ``P' V`` with `transpose`, without forming P; (n,) or (n, k) from (m,) or (m, k).
 
         Differentiable with respect to V, and to the problem where the plan is (then it is formed).
         """
         rows, others = (self.shape[0], self.shape[1]) if transpose else (self.shape[1], self.shape[0])
-        if not isinstance(V, Tensor):
-            raise TypeError(f"apply: V: expected a torch.Tensor, got {type(V).__name__}")
+        check_tensor(V, "apply", "V")
         fits = V.ndim in (1, 2) and V.shape[0] == rows
         if isinstance(self.cost, list):  # a batch of V, or one for all
             fits = fits or (V.ndim == 3 and V.shape[-2] == rows)
