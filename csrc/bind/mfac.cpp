@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bind/dispatch.h"
+#include "bind/signals.h"
 #include "bind/tensor_caster.h"
 
 namespace py = pybind11;
@@ -94,6 +95,34 @@ void bind_combine(const Tensor& G, int64_t block, const Tensor& c, double scale,
   });
 }
 
+int64_t bind_gram_workspace(int64_t rows, int64_t d, int64_t block) { return gram_workspace({rows, d, d, block}); }
+
+// False where the device has CUDA code: there is none for this, and torch's product does.
+bool bind_gram(const Tensor& G, int64_t d, int64_t block, const Tensor& out, const Tensor& workspace, int threads) {
+  if (use_cuda_code(G)) return false;
+  require(G.ndim == 2 && out.ndim == 3, "mfac: expected G (rows, stride), out (blocks, rows, rows)");
+  const Window w{G.shape[0], d, G.shape[1], block};
+  require(w.rows >= 1 && d >= 1 && w.stride >= d && block >= 1, "mfac: G: expected whole lines");
+  require(out.shape[0] == w.blocks() && out.shape[1] == w.rows && out.shape[2] == w.rows &&
+              workspace.size() >= gram_workspace(w),
+          "mfac: out: expected shape (blocks, rows, rows)");
+  for (const Tensor* t : {&out, &workspace}) require_same_device(G, *t, "mfac");
+  switch_storage(G, [&]<class S>(S) {
+    const Gram<S> p{w, elements<const S>(G, "mfac: G").data(), elements<double>(out, "mfac: out").data(),
+                    elements<double>(workspace, "mfac: workspace").data()};
+    const Exec exec = exec_for(G, threads);
+    bool finished;
+    {
+      py::gil_scoped_release nogil;
+      finished = mfac_gram_cpu(exec, p, SignalPoll());
+    }
+    if (finished) return;
+    PyErr_SetNone(PyExc_KeyboardInterrupt);
+    throw py::error_already_set();
+  });
+  return true;
+}
+
 // False where one of the blocks has to be factorised anew.
 bool bind_replace(const Tensor& factors, int64_t slot, const Tensor& rows) {
   require_host(factors, "mfac: factors");
@@ -116,6 +145,8 @@ void bind_mfac(py::module_& m) {
   m.def("mfac_workspace", &bind_workspace);
   m.def("mfac_products", &bind_products);
   m.def("mfac_combine", &bind_combine);
+  m.def("mfac_gram_workspace", &bind_gram_workspace);
+  m.def("mfac_gram", &bind_gram);
   m.def("mfac_replace", &bind_replace);
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include "core/exec.h"
 #include "core/hd.h"
@@ -89,6 +90,22 @@ template <class S>
 void mfac_combine_cpu(const Exec& exec, const Combination<S>& p, int widest = 512);
 template <class S>
 void mfac_combine_cuda(const Exec& exec, const Combination<S>& p);
+
+// out[b][i][j] = the product of rows i and j over block b, as sums in double, on the CPU. Arithmetic bounds it, m^2 d
+// multiply-adds: a panel of columns of all rows is widened once, 8 rows interleaved, and taken by tiles of the lower
+// triangle from the second-level cache.
+template <class S>
+struct Gram {
+  Window window;
+  const S* G;
+  double* out;        // (blocks, rows, rows)
+  double* workspace;  // gram_workspace()
+};
+
+int64_t gram_workspace(const Window& window);  // in doubles
+// False where `interrupted`, which is asked once a panel, says so.
+template <class S>
+bool mfac_gram_cpu(const Exec& exec, const Gram<S>& p, const std::function<bool()>& interrupted, int widest = 512);
 
 // L <- the Cholesky factor after row and column r of L L' become s, in O(m^2). L is (m, m) by columns, s is
 // overwritten, `work` has m doubles. False where the new matrix is not positive definite to working precision; L is

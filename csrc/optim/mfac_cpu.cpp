@@ -10,15 +10,6 @@ namespace {
 constexpr int64_t combination_columns = 4096;  // of a piece: its sums stay in the first-level cache
 constexpr int64_t row_group = 128;             // rows of one item of work
 
-template <class S>
-RowLoops<S> loops_for([[maybe_unused]] int widest) {
-#if defined(__x86_64__) && !defined(KANTOR_NO_SIMD)
-  if (widest >= 512 && __builtin_cpu_supports("x86-64-v4")) return row_loops_avx512<S>();
-  if (widest >= 256 && __builtin_cpu_supports("x86-64-v3")) return row_loops_avx2<S>();
-#endif
-  return row_loops_plain<S>();
-}
-
 // --- products ---
 
 // wide = what a row will hold of x, which is scaled; the row is written unless it is null.
@@ -48,7 +39,7 @@ void mfac_products_cpu(const Exec& exec, const Products<S>& p, int widest) {
   const Window& w = p.window;
   const Pieces pieces{w, product_columns};
   const Chunks groups = groups_of(pieces), row_groups{w.rows, row_group};
-  const RowLoops<S> loops = loops_for<S>(widest);
+  const RowLoops<S> loops = row_loops_for<S>(widest);
   const int threads = threads_for(exec.threads, w.rows * w.d);
   for (int64_t k = 0; k < p.count; ++k) {
     const Wide<S>* x = p.x + k * w.d;
@@ -100,7 +91,7 @@ void mfac_combine_cpu(const Exec& exec, const Combination<S>& p, int widest) {
   const Window& w = p.window;
   const Pieces pieces{w, combination_columns};
   const Chunks groups = groups_of(pieces);
-  const RowLoops<S> loops = loops_for<S>(widest);
+  const RowLoops<S> loops = row_loops_for<S>(widest);
   const int threads = threads_for(exec.threads, w.rows * w.d);
   parallel_for(threads, p.count * groups.count(), [&](int64_t item) {
     const int64_t k = item / groups.count();

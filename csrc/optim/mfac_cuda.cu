@@ -80,12 +80,12 @@ __global__ void products_kernel(Products<S> p, Pieces pieces, int64_t group, dou
   }
 }
 
-// Block (32 rows, block of columns): the sum over the pieces, in eight strands.
+// Block (block of columns, 32 rows): the sum over the pieces, in eight strands.
 __global__ void sum_pieces_kernel(int64_t rows, int64_t pieces, const double* partial, double* out) {
   constexpr int strands = threads / 32;
   SIMT_SHARED(double, sums, threads);
-  const int64_t block = blockIdx.y;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * 32 + simt::lane_index();
+  const int64_t block = blockIdx.x;
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * 32 + simt::lane_index();
   double sum = 0;
   if (row < rows)
     for (int64_t q = simt::warp_index(); q < pieces; q += strands) sum += partial[(block * pieces + q) * rows + row];
@@ -147,15 +147,22 @@ void launch_products(const Exec& exec, const Products<S>& p) {
     SIMT_LAUNCH((products_kernel<S, V>), dim3(parts, row_groups), threads, bytes, exec.stream, one, pieces, group,
                 direct ? one.out : p.partial);
     if (direct) continue;
-    SIMT_LAUNCH(sum_pieces_kernel, dim3(simt::blocks_for(w.rows, 32), static_cast<unsigned>(w.blocks())), threads, 0,
+    SIMT_LAUNCH(sum_pieces_kernel, dim3(static_cast<unsigned>(w.blocks()), simt::blocks_for(w.rows, 32)), threads, 0,
                 exec.stream, w.rows, pieces.per_block(), p.partial, one.out);
   }
 }
 
 template <class S, int V>
 void launch_combine(const Exec& exec, const Combination<S>& p) {
-  const unsigned blocks = simt::blocks_for((p.window.d + V - 1) / V, threads);
-  SIMT_LAUNCH((combine_kernel<S, V>), dim3(blocks, static_cast<unsigned>(p.count)), threads, 0, exec.stream, p);
+  const Window& w = p.window;
+  const unsigned blocks = simt::blocks_for((w.d + V - 1) / V, threads);
+  constexpr int64_t most = 65535;  // of a grid's second dimension
+  for (int64_t k = 0; k < p.count; k += most) {
+    Combination<S> some = p;
+    some.count = std::min(most, p.count - k), some.c += k * w.blocks() * w.rows, some.y += k * w.d;
+    if (p.x) some.x += k * w.d;
+    SIMT_LAUNCH((combine_kernel<S, V>), dim3(blocks, static_cast<unsigned>(some.count)), threads, 0, exec.stream, some);
+  }
 }
 
 }  // namespace

@@ -1,9 +1,20 @@
+#include <algorithm>
 #include <cmath>
 
 #include "core/simd.h"
 #include "optim/mfac.h"
 
 namespace kantor {
+
+namespace {
+
+// std::hypot without its newest symbol, GLIBC_2.35, which would keep wheels from older systems. x > 0.
+KANTOR_ALWAYS_INLINE double length(double x, double y) {
+  const double scale = std::max(x, std::abs(y)), u = x / scale, v = y / scale;
+  return scale * std::sqrt(u * u + v * v);
+}
+
+}  // namespace
 
 // With row r apart, rows before it do not change, row r follows by substitution, and of the trailing part L33 the
 // product changes by the old column r and the new one: L33 L33' + a a' - b b', a rotation and a hyperbolic one for each
@@ -26,7 +37,7 @@ KANTOR_SIMD bool replace_in_cholesky(int64_t m, int64_t r, double* __restrict s,
   }
   for (int64_t k = r + 1; k < m; ++k) {
     column = L + k * m;
-    const double longer = std::hypot(column[k], a[k]);
+    const double longer = length(column[k], a[k]);
     const double cosine = column[k] / longer, sine = a[k] / longer;
     const double ratio = b[k] / longer, left = (1 - ratio) * (1 + ratio);
     if (!(left > 1e-10)) return false;  // too many digits would be lost

@@ -126,9 +126,49 @@ KANTOR_TARGET void add_pieces(const Stretch& stretch, const S* G, const double* 
     }
 }
 
+// As many rows and bands of a tile as registers hold the sums of.
+template <class S, class Isa, int rows, int bands>
+KANTOR_INLINE void add_tile(int64_t n, const double* a, const double* b, double* out, int64_t stride) {
+  constexpr int vectors = bands * band_rows / Isa::lanes;
+  typename Isa::Vector sums[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sums[i][v] = Isa::broadcast(0);
+  for (int64_t k = 0; k < n; ++k) {
+    typename Isa::Vector part[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const int column = v * Isa::lanes;
+      part[v] = Isa::load(b + (column / band_rows * n + k) * band_rows + column % band_rows);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const typename Isa::Vector factor = Isa::broadcast(a[k * band_rows + i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sums[i][v] = accumulate<S, Isa>(factor, part[v], sums[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      double* target = out + i * stride + v * Isa::lanes;
+      Isa::store(target, Isa::add(Isa::load(target), sums[i][v]));
+    }
+}
+
+template <class Isa, class S>
+KANTOR_TARGET void tile_of_bands(int64_t n, const double* a, const double* b, double* out, int64_t stride) {
+  constexpr int bands = Isa::lanes == band_rows ? tile_bands : 1;
+  for (int q = 0; q < tile_bands; q += bands)
+    for (int i = 0; i < band_rows; i += Isa::rows)
+      add_tile<S, Isa, Isa::rows, bands>(n, a + i, b + q * n * band_rows, out + i * stride + q * band_rows, stride);
+}
+
 template <class Isa, class S>
 RowLoops<S> row_loops() {
-  return {&dot_pieces<Isa, S>, &add_pieces<Isa, S>};
+  return {&dot_pieces<Isa, S>, &add_pieces<Isa, S>, &tile_of_bands<Isa, S>};
 }
 
 }  // namespace

@@ -80,28 +80,26 @@ def by_cost(net, sparsity):
     prune_obs(net, None, sparsity, n_recompute=8, grad_fn=lambda k: gradients(net))
 
 
-def mask_alone(net, sparsity):  # the same weights go, the others stay as they are
-    before = [w.detach().clone() for w in weights_of(net)]
-    by_cost(net, sparsity)
-    for w, old in zip(weights_of(net), before, strict=True):
-        w.data = old * (w != 0)
+@torch.no_grad()
+def unmoved(net, pruned):  # the same weights go, the others stay as they are
+    for w, moved in zip(weights_of(net), weights_of(pruned), strict=True):
+        w *= moved != 0
 
 
-ways = {
-    "by magnitude": by_magnitude,
-    "by cost": mask_alone,
-    "by cost, others moved": by_cost,
-}
 shares = (0.5, 0.7, 0.8, 0.9)
+scores = {"by magnitude": [], "by cost": [], "by cost, others moved": []}
+for share in shares:
+    small, masked, moved = (copy.deepcopy(trained) for _ in scores)
+    by_magnitude(small, share)
+    by_cost(moved, share)
+    unmoved(masked, moved)
+    for name, net in zip(scores, (small, masked, moved), strict=True):
+        scores[name].append(accuracy(net))
+
 figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-for name, prune in ways.items():
-    scores = []
-    for share in shares:
-        net = copy.deepcopy(trained)
-        prune(net, share)
-        scores.append(accuracy(net))
-    print(f"{name:22}", *(f"{score:.3f}" for score in scores))
-    ax.plot([100 * s for s in shares], [100 * s for s in scores], "o-", label=name)
+for name, values in scores.items():
+    print(f"{name:22}", *(f"{score:.3f}" for score in values))
+    ax.plot([100 * s for s in shares], [100 * s for s in values], "o-", label=name)
 ax.axhline(100 * accuracy(trained), color="gray", lw=1, label="dense")
 ax.set(xlabel="weights removed, %", ylabel="unseen digits read, %")
 ax.legend()

@@ -351,4 +351,6 @@ def mfac_products(
     threads: int,
 ) -> None: ...
 def mfac_combine(G: Tensor, block: int, c: Tensor, scale: float, x: Tensor, y: Tensor, threads: int) -> None: ...
+def mfac_gram_workspace(rows: int, d: int, block: int) -> int: ...  # float64 numbers
+def mfac_gram(G: Tensor, d: int, block: int, out: Tensor, workspace: Tensor, threads: int) -> bool: ...  # on the CPU
 def mfac_replace(factors: Tensor, slot: int, rows: Tensor) -> bool: ...  # (blocks, m, m) by columns; on the CPU

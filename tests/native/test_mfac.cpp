@@ -34,9 +34,13 @@ struct Problem {
   }
 };
 
+// Not for the many small blocks, whose products are many, and are held as matrices of their own where there are more
+// rows.
+bool has_gram(const Window& w) { return w.block >= 16 || w.blocks() == 1; }
+
 template <class S>
 struct Results {
-  std::vector<double> products;
+  std::vector<double> products, gram;
   std::vector<Wide<S>> combination;
 };
 
@@ -46,8 +50,11 @@ Results<S> passes(Problem<S> p, int64_t slot, int threads, int widest) {
   exec.threads = threads;
   const Window& w = p.window;
   const int64_t count = slot < 0 ? static_cast<int64_t>(p.x.size()) / w.d : 1;
-  std::vector<double> workspace(products_workspace(w) + 1);
-  Results<S> results{std::vector<double>(count * w.blocks() * w.rows), std::vector<Wide<S>>(count * w.d)};
+  const bool gram = slot < 0 && has_gram(w);
+  std::vector<double> workspace(std::max(products_workspace(w), gram ? gram_workspace(w) : 0) + 1);
+  Results<S> results{std::vector<double>(count * w.blocks() * w.rows),
+                     std::vector<double>(gram ? w.blocks() * w.rows * w.rows : 0), std::vector<Wide<S>>(count * w.d)};
+  if (gram) mfac_gram_cpu<S>(exec, {w, p.G.data(), results.gram.data(), workspace.data()}, {}, widest);
   mfac_products_cpu<S>(exec, {w, p.G.data(), slot, 0.25, count, p.x.data(), results.products.data(), workspace.data()},
                        widest);
   mfac_combine_cpu<S>(exec, {w, p.G.data(), count, p.c.data(), 0.5, p.x.data(), results.combination.data()}, widest);
@@ -71,6 +78,7 @@ TEST_CASE_TEMPLATE("all instruction sets", S, float, double, Bfloat16, Half, int
             const Results<S> results = passes<S>(p, slot, 3, widest);
             CHECK(results.products == plain.products);
             CHECK(results.combination == plain.combination);
+            CHECK(results.gram == plain.gram);
           }
         }
         const Window& w = p.window;
@@ -85,6 +93,18 @@ TEST_CASE_TEMPLATE("all instruction sets", S, float, double, Bfloat16, Half, int
             }
             worst = std::max(worst, std::abs(results.products[b * rows + i] - sum) / magnitude);
           }
+        CHECK(worst <= 1e-14);
+        worst = 0;
+        for (int64_t b = 0; has_gram(w) && b < w.blocks(); ++b)
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t e = 0; e < rows; e += 1 + rows / 5) {
+              double sum = 0, magnitude = 1e-300;
+              for (int64_t j = b * block; j < std::min(d, (b + 1) * block); ++j) {
+                const double term = widen(p.G[i * w.stride + j]) * widen(p.G[e * w.stride + j]);
+                sum += term, magnitude += std::abs(term);
+              }
+              worst = std::max(worst, std::abs(results.gram[(b * rows + i) * rows + e] - sum) / magnitude);
+            }
         CHECK(worst <= 1e-14);
         int64_t wrong = 0;
         for (int64_t j = 0; j < d; ++j) {

@@ -171,6 +171,41 @@ def test_static_window_goes_on(device: str) -> None:
     assert error(fisher.ihvp_last(), torch.linalg.solve(dense(expected.cpu(), 0.01, 6), g.cpu())) <= 1e-10
 
 
+@pytest.mark.parametrize("d", [6, 30])  # fewer coordinates than gradients, and more
+def test_a_huge_gradient_leaves_no_trace_once_it_is_gone(device: str, d: int) -> None:
+    G = random(20, d)
+    G[9] *= 1e7
+    fisher = EmpiricalFisher(m=8, dim=d, damping=1e-6, storage_dtype=F64, device=home(device))
+    for count, g in enumerate(G, 1):
+        fisher.push(g.to(home(device)))
+        if count > 17:
+            window = G[count - 8 : count]
+            assert error(fisher.ihvp_last(), inverse_times_row(window, 1e-6, 8, -1)) <= 1e-10
+
+
+@pytest.mark.parametrize("d", [3, 30])
+def test_an_interrupt_leaves_a_window_that_agrees_with_itself(monkeypatch: pytest.MonkeyPatch, d: int) -> None:
+    G, fisher = random(9, d), EmpiricalFisher(m=4, dim=d, damping=0.1, storage_dtype=F64)
+    for g in G[:6]:
+        fisher.push(g)
+    for name in ("insert", "fill"):
+        store = getattr(fisher._window, name)
+
+        def interrupted(*arguments: Any, store: Any = store) -> None:
+            store(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(fisher._window, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fisher.push(G[6])
+    monkeypatch.undo()
+    F = dense(fisher._window.columns(0, d), 0.1, 4)
+    assert error(fisher.ihvp(G[0]), torch.linalg.solve(F, G[0])) <= 1e-10
+    for g in G[6:]:
+        fisher.push(g)
+    assert error(fisher.ihvp_last(), torch.linalg.solve(dense(G[5:], 0.1, 4), G[8])) <= 1e-10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_state_continues_bit_by_bit(dtype: torch.dtype) -> None:
     G = random(30, 70, dtype=torch.float32)
@@ -184,6 +219,17 @@ def test_state_continues_bit_by_bit(dtype: torch.dtype) -> None:
         assert torch.equal(whole.ihvp_last(), other.ihvp_last())
     with pytest.raises(ValueError, match="load_state_dict: expected .*'m': 9"):
         EmpiricalFisher(**options | {"m": 9}).load_state_dict(whole.state_dict())
+    before, state = other.ihvp_last(), whole.state_dict()
+    for damage, message in (
+        ({"rows": state["rows"][:, :64]}, r"rows: expected shape \(8, 128\), got \(8, 64\)"),
+        ({"gram": state["gram"][:1]}, r"gram: expected shape \(3, 8, 8\), got \(1, 8, 8\)"),
+        ({"settings": None}, "expected .* got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state | damage)
+    with pytest.raises(ValueError, match="expected counters, got a state without"):
+        other.load_state_dict({name: value for name, value in state.items() if name != "counters"})
+    assert torch.equal(other.ihvp_last(), before)
 
 
 # --- precision ---
@@ -230,12 +276,14 @@ def test_rounding_to_storage_is_torchs(device: str, dtype: torch.dtype) -> None:
 
 def test_threads_do_not_change_a_bit() -> None:
     G, x = random(10, 40_000, dtype=torch.float32), random(2, 40_000, seed=1, dtype=torch.float32)
+    many = random(101, 2000, seed=2, dtype=torch.float32)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         fisher = pushed(G, damping=1e-3)
-        results.append((fisher.ihvp(x), fisher.ihvp_last(), fisher._gram))
+        results.append((fisher.ihvp(x), fisher.ihvp_last(), fisher._gram, EmpiricalFisher(many)._grams()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
+    torch.testing.assert_close(results[0][3][0], many.to(F64) @ many.to(F64).T, rtol=1e-12, atol=1e-10)
 
 
 def test_cuda_code_gives_what_the_cpu_gives(device: str) -> None:
@@ -257,6 +305,54 @@ def test_damping_below_roundoff_is_raised_and_said() -> None:
     with pytest.warns(RuntimeWarning, match="damping 1e-09 is below the roundoff"):
         u = fisher.ihvp_last()
     torch.testing.assert_close(u, torch.full((6,), 1 / (6 * 1e8), dtype=F64), rtol=0.05, atol=0)
+
+
+def test_raised_damping_is_that_of_all_results() -> None:
+    """A matrix is inverted that is F with one damping, whatever is asked."""
+    d = 6
+    G = 1e8 + random(4, d)
+    fisher = EmpiricalFisher(G, damping=1e-9)
+    with pytest.warns(RuntimeWarning, match="is added to it") as caught:
+        inverted = fisher.ihvp(torch.eye(d, dtype=F64))
+    assert caught[0].filename == __file__  # it points at the caller
+    torch.testing.assert_close(fisher.ihvp_last(), inverted @ G[-1], rtol=0.1, atol=0)
+    torch.testing.assert_close(fisher.diag_inverse(), inverted.diagonal(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(fisher.inverse_entry(0, 2), inverted[0, 2], rtol=1e-9, atol=0)
+    raised = fisher.damping + fisher._shift
+    eigenvalues = raised + torch.nn.functional.pad(torch.linalg.svdvals(G).square() / 4, (0, d - 4))
+    assert float(fisher.logdet()) == pytest.approx(float(eigenvalues.log().sum()), rel=0.05)
+    assert float(torch.linalg.eigvalsh(inverted)[-1]) == pytest.approx(1 / raised, rel=1e-6)
+
+
+def test_diagonal_stays_positive_where_all_digits_cancel() -> None:
+    G = random(3, 10)
+    G[0], G[1:, 0] = 0, 0
+    G[0, 0] = 1e5
+    fisher = EmpiricalFisher(G, damping=1e-8)
+    assert float(fisher.diag_inverse()[0]) == pytest.approx(3e-10)
+    assert float(fisher.inverse_entry(0, 0)) == pytest.approx(3e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_largest_float32_numbers(device: str, dtype: torch.dtype) -> None:
+    g = (random(40, dtype=torch.float32) * 7e37).to(home(device))
+    filled, inserted = EmpiricalFisher(g.unsqueeze(0), storage_dtype=dtype), pushed(g.unsqueeze(0), storage_dtype=dtype)
+    assert error(filled._window.columns(0, 40)[0], g.to(F64).cpu()) <= 0.01
+    assert torch.equal(filled._window.rows, inserted._window.rows)
+
+
+def test_vectors_of_every_kind(device: str) -> None:
+    """Strided, expanded, negated without a copy, none at all."""
+    for m in (4, 9):
+        fisher, x = EmpiricalFisher(random(m, 6).to(home(device)), damping=0.1), random(6, seed=1).to(home(device))
+        u = fisher.ihvp(x)
+        assert torch.equal(fisher.ihvp(torch.stack([x, x], 1)[:, 0]), u)
+        torch.testing.assert_close(fisher.ihvp(x.expand(3, 6))[2], u, rtol=1e-13, atol=0)
+        assert torch.equal(fisher.ihvp(torch._neg_view(-x)), u)
+        assert torch.equal(fisher.ihvp(x.requires_grad_()), u)
+        assert fisher.ihvp(x.new_zeros(0, 6)).shape == (0, 6)
+        with pytest.raises(TypeError, match="ihvp: x: expected a plain tensor, got one of torch.func"):
+            torch.vmap(fisher.ihvp)(x.detach().expand(3, 6))
 
 
 def test_preconditioner_of_cg() -> None:
@@ -293,6 +389,7 @@ def test_independent_implementation() -> None:
     [
         ({"damping": 0.0}, ValueError, "EmpiricalFisher: damping: expected a finite number > 0, got 0.0"),
         ({"damping": math.nan}, ValueError, "damping"),
+        ({"damping": "1e-3"}, ValueError, "damping: expected a finite number > 0, got '1e-3'"),
         ({"m": 0}, ValueError, "EmpiricalFisher: m: expected an integer >= 1, got 0"),
         ({"block_size": 0}, ValueError, "block_size: expected an integer >= 1"),
         ({"storage_dtype": torch.int32}, TypeError, "storage_dtype: expected one of float32, .* got torch.int32"),
@@ -305,6 +402,9 @@ def test_independent_implementation() -> None:
         ({"grads": torch.ones(2, 10, dtype=torch.int64)}, TypeError, "real floating-point dtype, got int64"),
         ({"grads": torch.ones(2, 10, dtype=torch.complex64)}, TypeError, "real floating-point dtype, got complex64"),
         ({"grads": torch.full((2, 10), math.nan)}, ValueError, "grads: expected finite values"),
+        ({"grads": torch.full((2, 10), 1e300, dtype=F64), "storage_dtype": torch.float32}, ValueError,
+         r"grads: expected magnitudes of at most 3.4e\+38, got 1e\+300"),
+        ({"grads": torch.full((2, 10), 1e200, dtype=F64)}, ValueError, r"at most .*e\+153"),
         ({"dim": 10**6, "m": 100, "max_bytes": 10**6}, MemoryError, "100 gradients of 1000000 .* 0.373 GiB.*bfloat16"),
     ],
 )  # fmt: skip
@@ -325,7 +425,11 @@ def test_bad_vectors_leave_the_window_as_it_was() -> None:
         (torch.ones(10, dtype=torch.int32), TypeError, "push: g: expected a real floating-point dtype, got int32"),
         (torch.ones(10, device="meta"), ValueError, "push: g is on meta, the window on cpu"),
         ([1.0] * 10, TypeError, "expected a torch.Tensor, got list"),
-        (torch.full((10,), math.inf), ValueError, "expected finite values, got NaN or infinity"),
+        (
+            torch.full((10,), math.inf),
+            ValueError,
+            "expected finite values, at most 3.4e.38 in magnitude, got NaN, infinity",
+        ),
     ):
         with pytest.raises(kind, match=message):
             fisher.push(g)  # type: ignore[arg-type]

@@ -117,6 +117,19 @@ def test_state_of_another_shape_is_refused_and_nothing_is_lost() -> None:
     used = MFAC(network().parameters(), m=6, damping=0.1)
     run(network(), used, 1)
     assert same(optimizer.state_dict(), before)
+    turned = nn.Sequential(nn.Linear(3, 5), nn.Linear(4, 2), nn.Linear(1, 1)).double()  # 20 + 10 + 2 elements too
+    adam = torch.optim.Adam(net.parameters())
+    backward(net)
+    adam.step()
+    for saved, message in (
+        (MFAC([*turned.parameters()][::-1], m=5, damping=0.1).state_dict() | {"fisher": state["fisher"]}, "group"),
+        (adam.state_dict(), "expected the state of an MFAC, got one without fisher, mask"),
+        (state | {"state": {0: {"momentum_buffer": torch.ones(3, 5)}}},
+         r"params\[0\]: expected momentum of shape \(5, 3\), got \(3, 5\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+        assert same(optimizer.state_dict(), before)
 
 
 def test_maximize_is_the_mirror_image() -> None:
@@ -159,6 +172,8 @@ def test_closure_scheduler_clipping_scaler_and_compiled_models() -> None:
             scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
     torch.testing.assert_close(flat(net), flat(plain), rtol=1e-4, atol=1e-6)
+    step = torch.compile(optimizer.step, backend="eager")  # falls back
+    step()
     before = flat(net).clone()
     net.zero_grad()
     scaler.scale((compiled(x) * math.inf).sum()).backward()
@@ -211,7 +226,7 @@ def test_zero_gradient_and_bad_gradients_leave_everything_as_it_was() -> None:
     before, state = flat(net).clone(), copy.deepcopy(optimizer.state_dict())
     backward(net)
     next(net.parameters()).grad[0, 0] = math.nan  # type: ignore[index]
-    with pytest.raises(ValueError, match="expected finite values, got NaN or infinity"):
+    with pytest.raises(ValueError, match="expected finite values, at most .* got NaN, infinity"):
         optimizer.step()
     next(net.parameters()).grad = torch.sparse_coo_tensor(
         torch.zeros(2, 1, dtype=torch.int64), [1.0], (5, 3), dtype=F64
@@ -266,6 +281,30 @@ def test_mixed_parameters() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="add_param_group"):
         optimizer.add_param_group({"params": [half[1]]})
+    optimizer = MFAC([half[0]])
+    with pytest.raises(ValueError, match="MFAC: lr: expected a number >= 0, got -1"):
+        optimizer.add_param_group({"params": [half[1]], "lr": -1})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_half_precision_parameters_have_steps_in_single_precision() -> None:
+    """What passes 65504 on the way to a step that does not."""
+    p, options = nn.Parameter(torch.full((3,), 6e4, dtype=torch.float16)), {"lr": 1e-2, "m": 1, "momentum": 0.5}
+    optimizer = MFAC([p], damping=1e-6, weight_decay=1e-3, **options)
+    p.grad = torch.zeros_like(p)
+    p.grad[0] = 6e4
+    optimizer.step()
+    assert torch.isfinite(p).all()
+    p = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    optimizer = MFAC([p], damping=1e-6, **options | {"lr": 1e-6})
+    p.grad = torch.full_like(p, 0.5**11)  # F^-1 g = 2^-11 / (1e-6 + 2^-22)
+    optimizer.step()
+    buffer = optimizer.state[p]["momentum_buffer"]
+    assert float(buffer) == pytest.approx(0.5 * 2**-11 / (1e-6 + 2**-22))
+    assert buffer.dtype == torch.float32
+    again = MFAC([p], damping=1e-6, **options)
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(again.state[p]["momentum_buffer"], buffer)
 
 
 # --- two processes ---

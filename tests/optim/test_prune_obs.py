@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import custom_from_mask
 
-from kantor.optim import prune_obs
+from kantor.optim import MFAC, prune_obs
 from mfac_reference import accuracy, classifier, dense, gradients, random, train
 
 
@@ -74,6 +74,52 @@ def test_models_and_masks_for_torch() -> None:
     assert not (more["mask"]["a"] & ~result["mask"]["0.weight"]).any()
 
 
+TWICE = torch.ones(3)
+
+
+def test_shared_weights_count_once_and_computed_ones_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    assert set(prune_obs(net, random(4, 9), 0.5)["mask"]) == {"0.weight"}
+    assert int((net[1].weight == 0).sum()) == round(4.5)
+    result = prune_obs(nn.Linear(2, 2), random(4, 4), 0.5)
+    for made in (custom_from_mask(nn.Linear(2, 2), "weight", result["mask"]["weight"]),
+                 nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))):  # fmt: skip
+        before = made.weight.detach().clone()
+        with pytest.raises(ValueError, match="model: weight: expected a parameter, got a tensor that is computed"):
+            prune_obs(made, random(4, 4), 0.75)
+        assert torch.equal(made.weight, before)
+
+
+def test_masked_weights_are_gone_from_the_beginning() -> None:
+    w, mask = torch.ones(6), torch.arange(6) > 0
+    seen = []
+
+    def grad_fn(k: int) -> Tensor:
+        seen.append(float(w[0]))
+        return random(4, 6, seed=k)
+
+    result = prune_obs([w], None, 0.5, mask=[mask], n_recompute=2, grad_fn=grad_fn)
+    assert seen == [0, 0]
+    assert int((w == 0).sum()) == 3
+    assert float(result["delta"][0][0]) == -1
+
+
+def test_sparse_training_goes_on_from_the_pruned_model() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    pruned = prune_obs(net, random(16, 64), 0.75)["mask"]
+    masks = [pruned.get(name) for name, _ in net.named_parameters()]
+    x, y = random(20, 6, dtype=torch.float32), random(20, 2, seed=1, dtype=torch.float32)
+    optimizer = MFAC(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1, m=4, damping=0.1, sparse_mask=masks)
+    start = [p.detach().clone() for p in net.parameters()]
+    for _ in range(5):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    for p, before, mask in zip(net.parameters(), start, masks, strict=True):
+        assert torch.equal(p != before, torch.ones_like(p, dtype=torch.bool) if mask is None else mask)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
@@ -87,6 +133,15 @@ def test_models_and_masks_for_torch() -> None:
         ({"block_size": 0}, ValueError, "block_size"),
         ({"mask": [torch.ones(5)]}, ValueError, r"mask: expected shapes \[\(2, 3\)\], got \[\(5,\)\]"),
         ({"mask": [torch.zeros(2, 3)]}, ValueError, "sparsity: expected at least that of mask"),
+        ({"mask": {"a": torch.ones(2, 3)}}, ValueError, r"mask: expected a list, got a dict of \['a'\]"),
+        ({"mask": [[True] * 6]}, TypeError, r"mask\[0\]: expected a torch.Tensor, got list"),
+        ({"grads": torch.ones(3, 6, dtype=torch.int64)}, TypeError, "prune_obs: grads: expected a real floating-point"),
+        ({"grads": torch.ones(3, 6, device="meta")}, ValueError, "grads are on meta, the weights on cpu"),
+        ({"grads": None, "grad_fn": lambda k: None}, TypeError, "grads: expected a torch.Tensor, got NoneType"),
+        ({"model_or_params": [torch.full((2, 3), torch.nan)]}, ValueError, "weights: expected finite values, got nan"),
+        ({"model_or_params": [TWICE, TWICE]}, ValueError, r"params\[1\]: expected every weight once, got it twice"),
+        ({"model_or_params": torch.ones(2, 3)}, TypeError, "expected an iterable of tensors, got a tensor"),
+        ({"model_or_params": [torch.ones(3), torch.ones(3, device="meta")]}, ValueError, r"params\[1\] is on meta"),
         ({"model_or_params": []}, ValueError, "expected at least one tensor"),
         ({"model_or_params": nn.ReLU()}, ValueError, "expected linear or convolutional layers"),
         ({"model_or_params": [torch.ones(2, 3, dtype=torch.int32)]}, TypeError, "real floating-point dtype"),

@@ -1,4 +1,15 @@
-"""Problems and small data that tests, benchmarks, documentation and demo share."""
+"""Problems and small data that tests, benchmarks, documentation and demo share.
+
+Examples
+--------
+>>> from kantor import datasets
+>>> points, moon = datasets.two_moons(100)
+>>> points.shape, moon.unique()
+(torch.Size([100, 2]), tensor([0, 1]))
+>>> problem = datasets.minimization_problems()[0]
+>>> bool(problem.fun(problem.x0) > 0)
+True
+"""
 
 from kantor.datasets import poisson_scenes
 from kantor.datasets.few_labels import four_discs, heat_snapshots, read_citation_graph, two_moons

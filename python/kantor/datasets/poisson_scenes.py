@@ -7,6 +7,15 @@ of n is ``(i + 1/2) / n``; lengths are relative to the shortest side, so that ba
 The first five are those of the measurements of deep conjugate directions; the others have what hierarchies and networks
 that learned on the first ones have not seen: moving solids, walls one cell thick, many separate bodies of water, fluid
 that touches no air.
+
+Examples
+--------
+>>> from kantor.datasets import poisson_scenes
+>>> poisson_scenes.open_box((4, 6))
+tensor([[2, 2, 2, 2, 2, 2],
+        [2, 2, 2, 2, 2, 2],
+        [2, 2, 2, 2, 2, 2],
+        [3, 3, 3, 3, 3, 3]], dtype=torch.uint8)
 """
 
 from __future__ import annotations

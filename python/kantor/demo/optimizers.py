@@ -63,8 +63,9 @@ def _adahessian(net: nn.Module, lr: float, period: int) -> list[torch.optim.Opti
     return [AdaHessian(net.parameters(), lr, update_period=period, seed=0)]
 
 
-# Each rate has the least product of both losses at the end, of 0.001, 0.003, 0.01, ..., 1. With curvature from every
-# fifth step 0.3 would end a little lower, but networks not unlike these diverge there.
+# Each rate has the least product of both losses at the end, of 0.001, 0.003, 0.01, ..., 1, but for two. With curvature
+# from every fifth step 0.3 would end a little lower, but networks not unlike these diverge there. Muon at 0.03 has a
+# loss on digits of 6e-7 instead of 1e-4, and does worse on unseen digits and in loss on text.
 METHODS = {
     "SGD": Method(0.3, lambda net, lr: [torch.optim.SGD(net.parameters(), lr, momentum=0.9)]),
     "Adam": Method(0.03, lambda net, lr: [torch.optim.Adam(net.parameters(), lr)]),

@@ -255,6 +255,15 @@ def from_pyg(data: Any, *, self_loops: bool = True, normalize: Normalize = "sym"
         Not such an object.
     ValueError
         As in :func:`from_edge_index`; attributes of several numbers an edge.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> import torch
+    >>> from kantor.graph import from_pyg
+    >>> data = SimpleNamespace(edge_index=torch.tensor([[0, 1], [1, 0]]), num_nodes=2)  # or a torch_geometric Data
+    >>> from_pyg(data).num_edges
+    4
     """
     edge_index = getattr(data, "edge_index", None)
     if not isinstance(edge_index, Tensor):

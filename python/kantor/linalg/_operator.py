@@ -35,6 +35,14 @@ class LinearOperator:
         Of the entries; vectors must match.
     device : torch.device
         Of the entries; vectors must match.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.linalg import Dense, Diagonal
+    >>> A = 2 * Dense(torch.eye(2)) + Diagonal(torch.tensor([0.0, 1.0]))
+    >>> A.shape, A.is_native, A.diagonal()
+    ((2, 2), True, tensor([2., 3.]))
     """
 
     shape: tuple[int, int]
@@ -312,6 +320,13 @@ def as_operator(A: Any, *, like: Tensor | None = None) -> LinearOperator:
     ------
     TypeError
         A is none of these, or not real floating point.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.linalg import as_operator
+    >>> as_operator(torch.eye(3))
+    Dense(3 x 3, float32, cpu)
     """
     from kantor.linalg.callable import Callable
     from kantor.linalg.csr import CSR

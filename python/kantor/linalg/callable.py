@@ -29,6 +29,14 @@ class Callable(LinearOperator):
         Of the vectors it takes. Default: float64 on the CPU.
     transpose : callable, optional
         The transposed map; by default the operator has none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.linalg import Callable, cg
+    >>> A = Callable(lambda x: 2 * x, 3)
+    >>> cg(A, torch.ones(3, dtype=torch.float64)).x
+    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
 
     def __init__(

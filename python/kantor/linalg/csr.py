@@ -37,6 +37,14 @@ class CSR(LinearOperator):
     ValueError
         Lengths that do not fit, row pointers that decrease, columns out of range, NaN or infinite values, tensors on
         different devices. The message names the first offender.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.linalg import CSR
+    >>> A = CSR(torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0, 3.0]), (2, 2))
+    >>> A @ torch.tensor([1.0, 1.0])
+    tensor([2., 4.])
     """
 
     def __init__(self, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> None:

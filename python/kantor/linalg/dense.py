@@ -30,6 +30,14 @@ class Dense(LinearOperator):
         Not a dense tensor, or not float32/float64.
     ValueError
         Not two-dimensional, or a value is NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.linalg import Dense
+    >>> Dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).matvec(torch.eye(2))  # two vectors
+    tensor([[2., 1.],
+            [1., 3.]])
     """
 
     def __init__(self, A: Tensor) -> None:

@@ -29,6 +29,13 @@ class Diagonal(LinearOperator):
         Not a dense tensor, or not float32/float64.
     ValueError
         Not one-dimensional, or a value is NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.linalg import Diagonal
+    >>> Diagonal(torch.tensor([1.0, 2.0])) @ torch.tensor([3.0, 3.0])
+    tensor([3., 6.])
     """
 
     def __init__(self, d: Tensor) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kantor._checks import check_tensor
 from kantor._ops import backend
 
 STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
@@ -43,6 +41,9 @@ class GradientWindow:
         self.scales = torch.ones(m, dtype=torch.float64, device=device) if storage_dtype in _LARGEST else None
         # The type of vectors that go with it.
         self.dtype = torch.float64 if storage_dtype == torch.float64 else torch.float32
+        # Of elements: what the storage holds, and what has products that fit into double precision.
+        held = torch.finfo(self.dtype if self.scales is not None else storage_dtype).max
+        self.limit = min(held, math.sqrt(torch.finfo(torch.float64).max / dim))
         self._workspace = torch.empty(backend().mfac_workspace(m, dim, block), dtype=torch.float64, device=device)
 
     def insert(self, slot: int, g: Tensor, largest: float) -> Tensor:
@@ -66,7 +67,7 @@ class GradientWindow:
         low, high = torch.aminmax(grads, dim=1)
         for slot, largest in enumerate(torch.maximum(-low, high).tolist()):
             self.scales[first + slot] = scale = _scale(largest, self.rows.dtype)
-            row = grads[slot].float() / scale
+            row = grads[slot].float() * (1 / scale)
             rows[slot].copy_(row.round_() if self.rows.dtype == torch.int8 else row)
 
     def products(self, x: Tensor) -> Tensor:
@@ -76,23 +77,31 @@ class GradientWindow:
 
     def _products(self, x: Tensor, slot: int, inverse_scale: float) -> Tensor:
         out = torch.empty(len(x), self.blocks, self.m, dtype=torch.float64, device=x.device)
-        backend().mfac_products(
-            self.rows, self.block, slot, inverse_scale, x.contiguous(), out, self._workspace, torch.get_num_threads()
-        )
+        x, workspace, threads = x.contiguous(), self._workspace, torch.get_num_threads()
+        for some in self._parts(len(x)):
+            backend().mfac_products(self.rows, self.block, slot, inverse_scale, x[some], out[some], workspace, threads)
         return out
 
     def combine(self, c: Tensor, scale: float = 0.0, x: Tensor | None = None) -> Tensor:
         """``scale x + G'c`` for ``c (k, blocks, m)``, as ``(k, dim)``; summed in double and rounded once."""
         y = torch.empty(len(c), self.dim, dtype=self.dtype, device=self.rows.device)
         c = (c if self.scales is None else c * self.scales).contiguous()
-        backend().mfac_combine(
-            self.rows, self.block, c, scale, y if x is None else x.contiguous(), y, torch.get_num_threads()
-        )
+        x, threads = y if x is None else x.contiguous(), torch.get_num_threads()
+        for some in self._parts(len(c)):
+            backend().mfac_combine(self.rows, self.block, c[some], scale, x[some], y[some], threads)
         return y
+
+    def _parts(self, count: int) -> list[slice]:
+        """Of many vectors, those of one native call: Ctrl-C waits for its end."""
+        step = max(1, (1 << 30) // self.rows.numel())
+        return [slice(begin, begin + step) for begin in range(0, count, step)]
 
     def gram(self) -> Tensor:
         """``(blocks, m, m)`` in double: the products of the rows among each other."""
         gram = torch.zeros(self.blocks, self.m, self.m, dtype=torch.float64, device=self.rows.device)
+        work = gram.new_empty(backend().mfac_gram_workspace(self.m, self.dim, self.block))
+        if backend().mfac_gram(self.rows, self.dim, self.block, gram, work, torch.get_num_threads()):
+            return gram if self.scales is None else gram.mul_(torch.outer(self.scales, self.scales))
         for block, _, page in self.pages():
             for begin, end in strips(self.m):  # the lower triangle
                 target = gram[block : block + len(page), begin:end, :end]
@@ -148,7 +157,7 @@ def _scale(largest: float, dtype: torch.dtype) -> float:
     if largest == 0:
         return 1.0
     if dtype == torch.float16:  # a power of two: no rounding beside that of the storage
-        return math.ldexp(1.0, max(math.frexp(largest)[1], -100))
+        return math.ldexp(1.0, min(max(math.frexp(largest)[1], -100), 126))  # float32 has the inverse of it
     return max(largest, 1e-30) / _LARGEST[dtype]
 
 
@@ -167,39 +176,3 @@ def strips(m: int) -> list[tuple[int, int]]:
 def padded(dim: int) -> int:
     """Elements from one row to the next."""
     return -(-dim // _LINE) * _LINE
-
-
-def check_memory(m: int, dim: int, block: int, dtype: torch.dtype, device: torch.device, limit: int | None) -> None:
-    """Raise MemoryError if rows, Gram matrices and their factors exceed `limit`, by default 80 % of free memory."""
-    blocks = -(-dim // block)
-    needed = m * padded(dim) * dtype.itemsize + 2 * blocks * min(m, block) ** 2 * 8
-    if limit is None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
-        limit = int(0.8 * free)
-    if needed > limit:
-        raise MemoryError(
-            f"EmpiricalFisher: {m} gradients of {dim} elements in {str(dtype).removeprefix('torch.')} need "
-            f"{needed / 2**30:.3g} GiB, the limit is {limit / 2**30:.3g} GiB; use storage_dtype=torch.bfloat16, a "
-            "smaller m, another block_size B (a block takes 16 min(m, B)^2 bytes more), or raise max_bytes"
-        )
-
-
-def _free_host_bytes() -> float:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * float(line.split()[1])
-    except OSError:
-        pass
-    return math.inf
-
-
-def check_gradient(g: Tensor, function: str, argument: str, dtype: torch.dtype) -> Tensor:
-    """Return a real floating-point tensor in `dtype`, else raise TypeError."""
-    check_tensor(g, function, argument)
-    if not g.is_floating_point():
-        raise TypeError(
-            f"{function}: {argument}: expected a real floating-point dtype, got {str(g.dtype).removeprefix('torch.')}; "
-            "convert it with .to(torch.float32)"
-        )
-    return g.detach().to(dtype)

@@ -48,7 +48,15 @@ class Products(LinearOperator):
 
 
 def zero() -> Curvature:
-    """No curvature: Newton's method becomes a normalised gradient method."""
+    """No curvature: Newton's method becomes a normalised gradient method.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> curvature.zero()(torch.ones(2)).diagonal()
+    tensor([0., 0.])
+    """
     return lambda x: Diagonal(torch.zeros_like(_point(x, "zero").reshape(-1)))
 
 
@@ -67,6 +75,14 @@ def hessian(fun: Callable[[Tensor], Tensor], *, mode: Literal["auto", "double_ba
     -------
     callable
         x, of any shape, to an operator ``(n, n)`` on flat vectors. A matvec with k rows costs k products, in one sweep.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.hessian(lambda x: (x**3).sum(), mode="double_backward")
+    >>> H(torch.tensor([1.0, 2.0])).matvec(torch.ones(2))
+    tensor([ 6., 12.])
     """
     if mode not in ("auto", "double_backward", "jvp"):
         raise ValueError(f"hessian: mode: expected 'auto', 'double_backward' or 'jvp', got {mode!r}")
@@ -154,6 +170,14 @@ def gauss_newton(
     callable
         x to an operator. Positive semidefinite for a convex loss. A matvec is one forward-mode and one reverse-mode
         sweep through the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.gauss_newton(lambda x: x**2)  # J = diag(2 x)
+    >>> H(torch.tensor([1.0, 2.0])).matvec(torch.ones(2))
+    tensor([ 4., 16.])
     """
 
     def at(x: Tensor) -> LinearOperator:
@@ -193,6 +217,15 @@ def fisher(
     -------
     callable
         x to an operator: the Gauss-Newton matrix of the mean negative log-likelihood, which does not depend on labels.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.fisher(lambda x: x.view(1, 2))  # one sample, logits x
+    >>> H(torch.zeros(2)).dense()
+    tensor([[ 0.2500, -0.2500],
+            [-0.2500,  0.2500]])
     """
     if likelihood == "categorical":
         return gauss_newton(model, lambda z: torch.logsumexp(z, -1).mean())
@@ -208,6 +241,15 @@ def empirical_fisher(per_sample_grads: Tensor | Callable[[Tensor], Tensor]) -> C
     ----------
     per_sample_grads : Tensor or callable
         ``(N, n)``, or a function of x that gives them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.empirical_fisher(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+    >>> H(torch.zeros(2)).dense()
+    tensor([[1., 1.],
+            [1., 2.]])
     """
 
     def at(x: Tensor) -> LinearOperator:
@@ -238,6 +280,14 @@ def logistic(A: Tensor, *, l2: float = 0.0, exact: bool = True) -> Curvature:
     exact : bool
         ``A' diag(s (1 - s)) A / N`` with the sigmoid s; otherwise its bound ``A'A / (4 N)``, the same for all x, which
         is factored once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.logistic(torch.tensor([[2.0, 0.0]]), l2=1.0)
+    >>> H(torch.zeros(2)).diagonal()
+    tensor([2., 1.])
     """
     A = _samples(A, "logistic")
     _nonnegative(l2, "logistic", "l2")
@@ -267,6 +317,15 @@ def softmax(A: Tensor, classes: int, *, l2: float = 0.0, exact: bool = True) -> 
     exact : bool
         Otherwise the weighted Gauss-Newton matrix, which leaves out ``p p'``: diagonal blocks alone, larger in the
         Loewner order.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.softmax(torch.tensor([[2.0]]), classes=2)
+    >>> H(torch.zeros(1, 2)).dense()
+    tensor([[ 1., -1.],
+            [-1.,  1.]])
     """
     A = _samples(A, "softmax")
     _nonnegative(l2, "softmax", "l2")
@@ -301,6 +360,14 @@ def logsumexp(A: Tensor, b: Tensor, mu: float = 1.0, *, exact: bool = True) -> C
     exact : bool
         With pi the softmax weights, ``(A' diag(pi) A - (A'pi)(A'pi)') / mu``; otherwise the weighted Gauss-Newton
         matrix ``A' diag(pi) A / mu``, larger in the Loewner order. Both are low-rank operators.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.logsumexp(torch.tensor([[1.0], [-1.0]]), torch.zeros(2))  # log(2 cosh x)
+    >>> H(torch.zeros(1)).dense()
+    tensor([[1.]])
     """
     A = _samples(A, "logsumexp")
     check_tensor(b, "logsumexp", "b")
@@ -335,6 +402,15 @@ def power_residual(
         ``"inexact"``: ``|u|^(p-2) J'J + (p-2) |u|^(p-4) (J'u)(J'u)'``, without second derivatives of u; Gauss-Newton
         for p = 2. ``"fisher"``: the second, rank-one term alone. Both are low-rank operators; the first costs the
         Jacobian, m reverse sweeps at once. ``"exact"``: the Hessian.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import curvature
+    >>> H = curvature.power_residual(lambda x: x, 4, "exact")  # of |x|^4 / 4
+    >>> H(torch.tensor([1.0, 0.0])).dense()
+    tensor([[3., 0.],
+            [0., 1.]])
     """
     if not p >= 2:
         raise ValueError(f"power_residual: p: expected a number >= 2, got {p!r}")

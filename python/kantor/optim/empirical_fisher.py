@@ -13,7 +13,8 @@ from torch import Tensor
 from kantor._checks import check_finite
 from kantor._errors import NumericalBreakdown
 from kantor._ops import backend
-from kantor.optim._gradient_window import STORAGE, GradientWindow, check_gradient, check_memory, largest_of, strips
+from kantor.optim._fisher_checks import check_gradient, check_memory, check_options, check_state
+from kantor.optim._gradient_window import GradientWindow, largest_of, strips
 
 
 class EmpiricalFisher:
@@ -70,9 +71,10 @@ class EmpiricalFisher:
     Notes
     -----
     Memory: m d numbers, and ``16 min(m, B)^2`` bytes a block of B: systems are m x m, or, for blocks no longer than the
-    window, B x B, where F is held and factorised itself. All sums over coordinates are in double precision and in a
-    fixed order, so that results are the same bits for any number of threads, and errors do not grow like
-    ``|g|^2 / damping`` times the roundoff of float32, as those of the published recursions do.
+    window, B x B, where F is held and factorised itself. All sums over coordinates are in double precision, so that
+    errors do not grow like ``|g|^2 / damping`` times the roundoff of float32, as those of the published recursions do.
+    On the CPU passes over the gradients give the same bits for any number of threads; LAPACK's factors of systems of
+    some hundred rows may differ in the last bit of a double. A window is used by one thread at a time.
 
     Source: Frantar, Kurtic & Alistarh, *M-FAC: Efficient Matrix-Free Approximations of Second-Order Information*,
     NeurIPS 2021, arXiv 2107.03356. With ``K = G G'`` their recursion (eq. 5) is Woodbury's formula
@@ -108,14 +110,15 @@ class EmpiricalFisher:
     ) -> None:
         check_options(m, damping, block_size, storage_dtype, divisor, factor, on_nonfinite)
         if grads is not None:
-            check_gradient(grads, "EmpiricalFisher", "grads", getattr(grads, "dtype", torch.float32))
+            grads = check_gradient(grads, "EmpiricalFisher", "grads")
             if grads.ndim != 2 or 0 in grads.shape:
                 raise ValueError(f"EmpiricalFisher: grads: expected shape (n, d), got {tuple(grads.shape)}")
             if dim not in (None, grads.shape[1]) or (m is not None and m < len(grads)):
                 raise ValueError(
                     f"EmpiricalFisher: grads: expected at most m = {m} rows of dim = {dim}, got {tuple(grads.shape)}"
                 )
-            if not math.isfinite(largest_of(grads.detach())):
+            largest = largest_of(grads)
+            if not math.isfinite(largest):
                 check_finite(grads, "EmpiricalFisher", "grads")
             m, dim = len(grads) if m is None else m, grads.shape[1]
             storage_dtype, device = storage_dtype or grads.dtype, grads.device if device is None else device
@@ -132,15 +135,22 @@ class EmpiricalFisher:
         self.count, self._newest = 0, -1
         self._updates = 0  # of the factor since it was last computed
         self._factor: Tensor | None = None
+        self._shift = 0.0  # of the damping, where it is below roundoff
         # Systems are as large as the window or the block, whichever is smaller. Coordinates that are spread over ranks
         # have only the first in common.
         self._by_columns = block <= m and (process_group is None or block_size is not None)
         self._size = block if self._by_columns else m
         self._gram: Tensor | None = None  # of a window that is filled at once, formed when it is needed
+        self._peak: Tensor | None = None  # the largest trace of each block's G'G since it was formed
         if grads is None:
             self._gram = torch.zeros(self._window.blocks, self._size, self._size, dtype=torch.float64, device=where)
         else:
-            self._window.fill(grads.detach())
+            if largest > self._window.limit:
+                raise ValueError(
+                    f"EmpiricalFisher: grads: expected magnitudes of at most {self._window.limit:.3g}, "
+                    f"got {largest:.3g}; scale the loss down"
+                )
+            self._window.fill(grads)
             self.count, self._newest = len(grads), len(grads) - 1
 
     @property
@@ -182,44 +192,59 @@ class EmpiricalFisher:
         Notes
         -----
         One pass over the gradients: row and column r of ``K = G G'`` become ``G g``. Waits for a CUDA device once, to
-        see whether g is finite.
+        see whether g is finite; twice for blocks no longer than the window.
         """
         g = self._vectors(g, "push", "g")
         if g.ndim != 1:
             raise ValueError(f"EmpiricalFisher.push: g: expected shape ({self.dim},), got {tuple(g.shape)}")
         largest = largest_of(g)
-        if not self._all_finite(largest):
+        if not self._all_fit(largest):
             if self._skip:
                 return False
             raise ValueError(
-                "EmpiricalFisher.push: g: expected finite values, got NaN or infinity; the window is as before; "
-                "on_nonfinite='skip' leaves such gradients out"
+                f"EmpiricalFisher.push: g: expected finite values, at most {self._window.limit:.3g} in magnitude, "
+                "got NaN, infinity or more; the window is as before; on_nonfinite='skip' leaves such gradients out"
             )
         slot = (self._newest + 1) % self.m
-        gram = self._grams()
+        gram, factor, terms = self._grams(), self._factor, self._terms
+        self._gram = self._factor = None  # an interrupt leaves a window of which they are formed anew
         if self._by_columns:
-            old = self._window.row(slot)
-            self._window.fill(g.unsqueeze(0), slot)
-            pair = torch.stack([old, self._window.row(slot)], dim=1)
-            gram.baddbmm_(pair.mT * pair.new_tensor([-1.0, 1.0]), pair)
-            self._factor = None
+            keep = self._exchange(gram, slot, g)
         else:
             row = self._summed(self._window.insert(slot, g, largest))
             gram[:, slot, :] = row
             gram[:, :, slot] = row
-        terms = self._terms
+            keep = True
         self._newest, self.count = slot, min(self.count + 1, self.m)
-        if not self._by_columns:
-            self._replace_in_factor(slot, terms)
-        elif slot == self.m - 1:
-            self._gram = None  # formed anew, before rounding adds up
+        if keep:
+            self._gram = gram
+        if factor is not None and not self._by_columns and self._replace_in_factor(factor, gram, slot, terms):
+            self._factor = factor
         return True
 
-    def _all_finite(self, largest: float) -> bool:
-        finite = math.isfinite(largest)
+    def _exchange(self, gram: Tensor, slot: int, g: Tensor) -> bool:
+        """Put g into a slot and into ``G'G``; False where ``G'G`` is to be formed anew.
+
+        What is subtracted leaves its roundoff: it is formed anew once in m gradients, and where little is left.
+        """
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        peak = diagonal.sum(-1) if self._peak is None else self._peak
+        self._peak = None
+        old = self._window.row(slot)
+        self._window.fill(g.unsqueeze(0), slot)
+        pair = torch.stack([old, self._window.row(slot)], dim=1)
+        gram.baddbmm_(pair.mT * pair.new_tensor([-1.0, 1.0]), pair)
+        trace = diagonal.sum(-1)
+        if slot == self.m - 1 or bool((trace < 0.01 * peak).any()):
+            return False
+        self._peak = torch.maximum(peak, trace)
+        return True
+
+    def _all_fit(self, largest: float) -> bool:
+        fits = largest <= self._window.limit
         if self._group is None:
-            return finite
-        bad = torch.tensor(0.0 if finite else 1.0, device=self.device)
+            return fits
+        bad = torch.tensor(0.0 if fits else 1.0, device=self.device)
         dist.all_reduce(bad, group=self._group)
         return not bool(bad)
 
@@ -254,43 +279,46 @@ class EmpiricalFisher:
         return self.m if self._divisor == "window" else max(self.count, 1)
 
     def _cholesky(self) -> Tensor:
-        """Of ``damping I + K / m``, or of F itself."""
+        """Of ``damping I + K / m``, or of F itself; what is added to the damping is then in ``_shift``."""
         if self._factor is not None:
             return self._factor
         system = self._grams() / self._terms
         diagonal = system.diagonal(dim1=-2, dim2=-1)
-        scale = diagonal.sum(-1, keepdim=True)
+        scale = float(diagonal.sum(-1).max())
         diagonal.add_(self.damping)
         factor, info = torch.linalg.cholesky_ex(system)
+        self._shift, self._updates = 0.0, 0
         if bool((info != 0).any()):  # the damping is below the roundoff of K: the least shift that is above it
-            shift = 4 * self._size * torch.finfo(torch.float64).eps * scale
+            self._shift = 4 * self._size * torch.finfo(torch.float64).eps * scale
             warnings.warn(
                 f"EmpiricalFisher: damping {self.damping:g} is below the roundoff of the gradients' products; "
-                f"{float(shift.max()):.3g} is added to it. Raise the damping, or clip the gradients.",
+                f"{self._shift:.3g} is added to it. Raise the damping, or clip the gradients.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,  # over the decorator of the public method
             )
-            diagonal.add_(shift)
+            diagonal.add_(self._shift)
             factor, info = torch.linalg.cholesky_ex(system)
             if bool((info != 0).any()):
-                raise NumericalBreakdown("EmpiricalFisher: the products of the gradients overflow; scale the loss down")
+                raise NumericalBreakdown(
+                    "EmpiricalFisher: F is not positive definite to working precision; raise the damping"
+                )
             self._updates = self.m  # the next gradient may do without the shift
-        else:
-            self._updates = 0
         self._factor = factor.mT.contiguous().mT  # by columns
         return self._factor
 
-    def _replace_in_factor(self, slot: int, terms: int) -> None:
-        """Bring a factor made for the divisor `terms` in line with row and column `slot` of K, or drop it."""
-        if self._factor is None:
-            return
-        if self._mode == "update" and self.device.type == "cpu" and terms == self._terms and self._updates < self.m:
-            row = self._grams()[:, slot] / terms
-            row[:, slot] += self.damping
-            if backend().mfac_replace(self._factor.mT, slot, row):
-                self._updates += 1
-                return
-        self._factor = None
+    @property
+    def _damped(self) -> float:
+        """The damping of the factor."""
+        return self.damping + self._shift
+
+    def _replace_in_factor(self, factor: Tensor, gram: Tensor, slot: int, terms: int) -> bool:
+        """Bring a factor made for the divisor `terms` in line with row and column `slot` of K; False: not possible."""
+        if self._mode != "update" or self.device.type != "cpu" or terms != self._terms or self._updates >= self.m:
+            return False
+        row = gram[:, slot] / terms
+        row[:, slot] += self.damping
+        self._updates += 1
+        return bool(backend().mfac_replace(factor.mT, slot, row))
 
     # --- products ---
 
@@ -307,6 +335,7 @@ class EmpiricalFisher:
         -------
         Tensor
             Of the same shape. A function of this signature also serves as preconditioner: ``cg(..., M=fisher.ihvp)``.
+            It carries no derivative: that of ``y'F^-1 x`` for x is ``fisher.ihvp(y)``.
 
         Raises
         ------
@@ -320,12 +349,14 @@ class EmpiricalFisher:
         the one rounding.
         """
         x = self._vectors(x, "ihvp", "x")
+        if not x.numel():
+            return x.clone()
         rows = x.reshape(-1, self.dim)
         if self._by_columns:
             return self._solve_columns(self._window.by_blocks(rows.to(torch.float64))).view(x.shape)
         products = self._summed(self._window.products(rows))
         a = torch.cholesky_solve(products.permute(1, 2, 0), self._cholesky()).permute(2, 0, 1)
-        return self._window.combine(a / (-self.damping * self._terms), 1 / self.damping, rows).view(x.shape)
+        return self._window.combine(a / (-self._damped * self._terms), 1 / self._damped, rows).view(x.shape)
 
     def _solve_columns(self, x: Tensor) -> Tensor:
         """``F^-1 x`` for ``x (k, blocks, block)``, as ``(k, d)``."""
@@ -365,6 +396,7 @@ class EmpiricalFisher:
         -----
         ``(1 - colsum(W^2)) / damping`` with ``W = C^-1 G / sqrt(m)``, C the Cholesky factor: m^2 d operations in double
         precision, by pages of columns; W is not kept. For blocks of B up to m, the inverses of the blocks, B^2 d.
+        Where nearly all digits cancel, what is left is at least the inverse of F's diagonal, a lower bound.
         """
         factor = self._cholesky()
         if self._by_columns:
@@ -380,10 +412,14 @@ class EmpiricalFisher:
             squares = torch.zeros_like(page[:, 0])
             for first, last in strips(self.m):
                 squares += (inverse[:, first:last, :last] @ page[:, :last]).square_().sum(-2)
-            part = (1 - squares / self._terms).div_(self.damping).reshape(-1)
+            part = self._above(1 - squares / self._terms, page.square().sum(-2)).reshape(-1)
             target = result[begin : begin + part.numel()]
             target.copy_(part[: target.numel()])
         return result
+
+    def _above(self, ones: Tensor, squares: Tensor) -> Tensor:
+        """The diagonal from that of ``damping F^-1``, and by Cauchy and Schwarz not below the inverse of F's."""
+        return torch.maximum(ones / self._damped, 1 / (self._damped + squares / self._terms))
 
     @torch.no_grad()
     def inverse_entry(self, i: int, j: int) -> Tensor:
@@ -406,33 +442,33 @@ class EmpiricalFisher:
             return torch.cholesky_solve(unit, self._cholesky()[block])[i % self._size, 0].to(self.dtype)
         columns = torch.cat([self._window.columns(index, index + 1) for index in (i, j)], dim=1)
         W = torch.linalg.solve_triangular(self._cholesky()[block], columns, upper=False)
-        entry: Tensor = (float(i == j) - W[:, 0] @ W[:, 1] / self._terms) / self.damping
-        return entry.to(self.dtype)
+        product: Tensor = W[:, 0] @ W[:, 1] / self._terms
+        if i == j:
+            return self._above(1 - product, columns[:, 0].square().sum()).to(self.dtype)
+        return (-product / self._damped).to(self.dtype)
 
     @torch.no_grad()
     def logdet(self) -> Tensor:
         """Return ``log det F``, a scalar in double precision."""
         halves = self._cholesky().diagonal(dim1=-2, dim2=-1).log().sum()
-        blocks, dim = torch.tensor([float(self._window.blocks), float(self.dim)], dtype=torch.float64)
-        whole = torch.stack([2 * halves, blocks.to(halves), dim.to(halves)])
-        if self._group is not None:
-            if self._block_size is None:  # every rank has the same system, and a part of the coordinates
-                dist.all_reduce(whole[2:], group=self._group)
-            else:
-                dist.all_reduce(whole, group=self._group)
-        return whole[0] + (whole[2] - self._size * whole[1]) * math.log(self.damping)
+        dim = self._summed(halves.new_tensor(float(self.dim)))  # every rank has the same system, and a part of it
+        whole: Tensor = 2 * halves + (dim - self._size * self._window.blocks) * math.log(self._damped)
+        if self._group is not None and self._block_size is not None:  # every rank has its own
+            dist.all_reduce(whole, group=self._group)
+        return whole
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the gradients and their products; loading them continues bit for bit."""
+        """Return the gradients and their products, not copied; loading them continues bit for bit."""
         window = self._window
         return {
             "settings": self._settings(),
             "rows": window.rows,
             "scales": window.scales,
             "gram": self._gram,
-            "factor": self._factor if self._mode == "update" else None,
+            "peak": self._peak,
+            "factor": self._factor if self._mode == "update" and not self._shift else None,
             "counters": (self.count, self._newest, self._updates),
         }
 
@@ -453,16 +489,15 @@ class EmpiricalFisher:
         def copied(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(self.device, copy=True)
 
-        self._gram, self._factor = copied(state["gram"]), copied(state["factor"])
+        self._gram, self._peak, self._factor = copied(state["gram"]), copied(state["peak"]), copied(state["factor"])
+        self._shift = 0.0
         self.count, self._newest, self._updates = state["counters"]
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if :meth:`load_state_dict` would."""
-        if state["settings"] != self._settings():
-            raise ValueError(
-                f"EmpiricalFisher.load_state_dict: expected {self._settings()}, got {state['settings']}; make an "
-                "object with the options of the saved one"
-            )
+        blocks, size = self._window.blocks, self._size
+        shapes = {"gram": (blocks, size, size), "peak": (blocks,), "factor": (blocks, size, size)}
+        check_state(state, self._settings(), {"rows": self._window.rows, "scales": self._window.scales}, shapes)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -474,28 +509,3 @@ class EmpiricalFisher:
             "divisor": self._divisor,
             "factor": self._mode,
         }
-
-
-def check_options(
-    m: int | None,
-    damping: float,
-    block_size: int | None,
-    storage_dtype: torch.dtype | None,
-    divisor: str,
-    factor: str,
-    on_nonfinite: str,
-    function: str = "EmpiricalFisher",
-) -> None:
-    """Raise ValueError, or TypeError for the dtype, at the first option out of range."""
-    for name, value in (("m", m), ("block_size", block_size)):
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{function}: {name}: expected an integer >= 1, got {value!r}")
-    if not (damping > 0 and math.isfinite(damping)):
-        raise ValueError(f"{function}: damping: expected a finite number > 0, got {damping!r}")
-    if storage_dtype is not None and storage_dtype not in STORAGE:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORAGE)
-        raise TypeError(f"{function}: storage_dtype: expected one of {names}, got {storage_dtype}")
-    choices = {"divisor": ("window", "mean"), "factor": ("refactor", "update"), "on_nonfinite": ("raise", "skip")}
-    for (name, allowed), chosen in zip(choices.items(), (divisor, factor, on_nonfinite), strict=True):
-        if chosen not in allowed:
-            raise ValueError(f"{function}: {name}: expected {allowed[0]!r} or {allowed[1]!r}, got {chosen!r}")

@@ -265,6 +265,14 @@ def gradient_normalized_smoothness(
     Notes
     -----
     Bisection on log c, 60 steps of four radii in every direction: O(240 n_dir) gradients.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kantor.optim import gradient_normalized_smoothness
+    >>> x = torch.ones(2, dtype=torch.float64)
+    >>> gradient_normalized_smoothness(lambda x: x.square().sum(), x, "hessian")  # a quadratic
+    inf
     """
     if not (isinstance(n_dir, int) and n_dir >= 1):
         raise ValueError(f"gradient_normalized_smoothness: n_dir: expected an integer >= 1, got {n_dir!r}")

@@ -8,9 +8,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from kantor._checks import check_same, check_tensor
-from kantor.optim.empirical_fisher import EmpiricalFisher, check_options
+from kantor.optim._fisher_checks import check_options
+from kantor.optim._multi_tensor import state_dtype
+from kantor.optim.empirical_fisher import EmpiricalFisher
 
 
 class MFAC(torch.optim.Optimizer):
@@ -41,7 +44,7 @@ class MFAC(torch.optim.Optimizer):
         float64, else float32.
     sparse_mask : True or sequence of bool tensors, optional
         What may change, one mask a parameter in the order of the groups (None: all of it). True: what is not zero at
-        the first step. Zeros of a pruned model stay exactly zero.
+        the first step; biases that begin at zero need masks. Zeros of a pruned model stay exactly zero.
     divisor : {"window", "mean"}
         Of the sum: m from the first step on, as published, or the number of gradients there are.
     maximize : bool
@@ -133,8 +136,7 @@ class MFAC(torch.optim.Optimizer):
         """Add parameters, before the first step."""
         if self.fisher is not None:
             raise ValueError("MFAC.add_param_group: the window has its size already; make a new optimiser")
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = self.defaults | param_group
         for name, fits in (
             ("lr", group["lr"] >= 0),
             ("momentum", 0 <= group["momentum"] < 1),
@@ -143,9 +145,11 @@ class MFAC(torch.optim.Optimizer):
             if not fits:
                 expected = "a number in [0, 1)" if name == "momentum" else "a number >= 0"
                 raise ValueError(f"MFAC: {name}: expected {expected}, got {group[name]!r}")
+        super().add_param_group(param_group)
 
     # --- one step ---
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step: ``g`` into the window, ``u = F^-1 g``, ``v = mu v + (1 - mu) u``, ``theta -= lr v``.
@@ -193,12 +197,12 @@ class MFAC(torch.optim.Optimizer):
         fisher = self._window()
         parts: list[Tensor] = []
         for group in self.param_groups:
-            gradients = [self._dense(p) for p in group["params"]]
+            gradients = [self._dense(p).to(fisher.dtype) for p in group["params"]]
             if group["maximize"]:
                 gradients = list(torch._foreach_neg(gradients))
             if group["weight_decay"]:
                 gradients = list(torch._foreach_add(gradients, group["params"], alpha=float(group["weight_decay"])))
-            parts += [gradient.reshape(-1).to(fisher.dtype) for gradient in gradients]
+            parts += [gradient.reshape(-1) for gradient in gradients]
         flat = torch.cat(parts)
         return flat if self._mask is None else flat.mul_(self._mask)
 
@@ -217,13 +221,13 @@ class MFAC(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     parameters.append(p)
-                    directions.append(u[at : at + p.numel()].view(p.shape).to(p.dtype))
+                    directions.append(u[at : at + p.numel()].view(p.shape))
                 at += p.numel()
             mu = float(group["momentum"])
             if mu and parameters:
                 for p in parameters:
                     if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                        self.state[p]["momentum_buffer"] = torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
                 buffers = [self.state[p]["momentum_buffer"] for p in parameters]
                 torch._foreach_mul_(buffers, mu)
                 torch._foreach_add_(buffers, directions, alpha=1 - mu)
@@ -294,7 +298,20 @@ class MFAC(torch.optim.Optimizer):
         ValueError
             The state belongs to other parameters or another window; nothing is changed.
         """
+        if missing := {"state", "param_groups", "fisher", "mask"} - set(state_dict):
+            raise ValueError(
+                "MFAC.load_state_dict: expected the state of an MFAC, got one without " + ", ".join(sorted(missing))
+            )
         saved, made = state_dict["fisher"], self.fisher
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        states = [state_dict["state"].get(number, {}) for number in numbers]
+        for number, (state, p) in enumerate(zip(states, self._parameters(), strict=False)):  # torch compares lengths
+            v = state.get("momentum_buffer", p)
+            if v.shape != p.shape:
+                raise ValueError(
+                    f"MFAC.load_state_dict: params[{number}]: expected momentum of shape {tuple(p.shape)}, "
+                    f"got {tuple(v.shape)}; give the parameters in the order in which they were when it was saved"
+                )
         try:
             if saved is not None:
                 self._window().check_state(saved)
@@ -302,6 +319,9 @@ class MFAC(torch.optim.Optimizer):
         except ValueError:
             self.fisher = made
             raise
+        for state, p in zip(states, self._parameters(), strict=True):
+            if "momentum_buffer" in state:  # torch has converted it to the parameter's dtype
+                self.state[p]["momentum_buffer"] = state["momentum_buffer"].to(p.device, state_dtype(p), copy=True)
         if saved is None:
             self.fisher = None  # as before a first step
         else:

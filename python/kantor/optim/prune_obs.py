@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kantor._checks import check_tensor
+from kantor._checks import check_finite, check_tensor
+from kantor.optim._fisher_checks import check_gradient
 from kantor.optim.empirical_fisher import EmpiricalFisher
 
 
@@ -33,8 +34,8 @@ def prune_obs(
     Parameters
     ----------
     model_or_params : Module, dict of tensors or iterable of tensors
-        The weights. Of a module: the weights of its linear and convolutional layers, under their names; biases and
-        norms are left alone. They are changed in place.
+        The weights, on one device. Of a module: the weights of its linear and convolutional layers, under their names
+        (that of the first one where layers share it); biases and norms are left alone. They are changed in place.
     grads : Tensor or None
         ``(m, d)``: gradients of the loss on m small batches, for all these weights in this order, flattened; model in
         evaluation mode. None: ``grad_fn(0)``.
@@ -51,7 +52,8 @@ def prune_obs(
     per_layer : bool
         The sparsity in each tensor, instead of one ranking over all.
     mask : like the first argument, optional
-        False where a weight is gone already; it stays gone. Default: all there.
+        False where a weight is gone already; it stays gone. Default: all there; zeros are weights like others, and may
+        move.
 
     Returns
     -------
@@ -63,12 +65,14 @@ def prune_obs(
     Raises
     ------
     ValueError, TypeError
-        Options out of range; gradients or masks of another shape; a sparsity below that of `mask`. When it raises, the
-        weights are as before.
+        Options out of range; gradients or masks of another shape; a sparsity below that of `mask`; weights that are not
+        finite, are given twice, or are computed from others (``torch.nn.utils.prune``, parametrizations). When it
+        raises, the weights are as before.
 
     Notes
     -----
-    Deterministic; a tie removes the weight that comes first. ``n_recompute (m^2 d + d/B m^3)`` operations for blocks of
+    Deterministic; a tie removes the weight that comes first. The number of zeros is rounded, so that a small tensor may
+    lose all of its weights. ``n_recompute (m^2 d + d/B m^3)`` operations for blocks of
     B. The updates of weights removed in one step are formed together, as if they were independent.
 
     Source: Frantar et al., arXiv 2107.03356, section 3; Hassibi & Stork, *Second order derivatives for network
@@ -93,8 +97,9 @@ def prune_obs(
         raise ValueError("prune_obs: grads: expected gradients (m, d), or grad_fn, got neither")
     sizes = [weight.numel() for weight in weights]
     before = _flat(weights).double()
-    w = before.clone()
+    check_finite(before, "prune_obs", "weights")
     alive = _alive(mask, names, weights)
+    w = torch.where(alive, before, 0.0)
     saliency = torch.zeros_like(w)
     layers = list(torch.arange(len(w), device=w.device).split(sizes)) if per_layer else [slice(None)]
     kept_before = [int(alive[layer].sum()) for layer in layers]
@@ -107,13 +112,15 @@ def prune_obs(
                 _write(w, weights)
                 with torch.enable_grad():
                     grads = grad_fn(k)
-            assert grads is not None
-            if check_tensor(grads, "prune_obs", "grads").ndim != 2 or grads.shape[1] != len(w):
-                raise ValueError(f"prune_obs: grads: expected shape (m, {len(w)}), got {tuple(grads.shape)}")
+            rows = check_gradient(grads, "prune_obs", "grads")
+            if rows.ndim != 2 or rows.shape[1] != len(w):
+                raise ValueError(f"prune_obs: grads: expected shape (m, {len(w)}), got {tuple(rows.shape)}")
+            if rows.device != w.device:
+                raise ValueError(f"prune_obs: grads are on {rows.device}, the weights on {w.device}; move them")
             remaining = alive.nonzero().squeeze(1)
             if not len(remaining):
                 break
-            fisher = EmpiricalFisher(grads[:, remaining], damping=damping, block_size=block_size)
+            fisher = EmpiricalFisher(rows[:, remaining], damping=damping, block_size=block_size)
             diagonal = torch.ones_like(w)
             diagonal[remaining] = fisher.diag_inverse().double()
             saliency = torch.where(alive, w.square() / (2 * diagonal), saliency)
@@ -155,29 +162,51 @@ def _drop_least(alive: Tensor, saliency: Tensor, layer: Any, kept: int) -> None:
 
 def _weights(source: Any) -> tuple[list[str] | None, list[Tensor]]:
     if isinstance(source, nn.Module):
-        layers = (nn.Linear, nn.modules.conv._ConvNd)
-        found = {
-            f"{name}.weight" if name else "weight": module.weight
-            for name, module in source.named_modules()
-            if isinstance(module, layers)
-        }
-        if not found:
-            raise ValueError("prune_obs: model: expected linear or convolutional layers, got none; pass the parameters")
-        return list(found), list(found.values())
+        source = _of_layers(source)
+    elif isinstance(source, Tensor):
+        raise TypeError("prune_obs: params: expected an iterable of tensors, got a tensor; put it into a list")
     names = list(source) if isinstance(source, Mapping) else None
     weights = list(source.values()) if isinstance(source, Mapping) else list(source)
     if not weights:
         raise ValueError("prune_obs: params: expected at least one tensor, got none")
     for number, weight in enumerate(weights):
-        if not check_tensor(weight, "prune_obs", f"params[{number}]").is_floating_point():
-            raise TypeError(f"prune_obs: params[{number}]: expected a real floating-point dtype, got {weight.dtype}")
+        name = f"params[{number if names is None else repr(names[number])}]"
+        if not check_tensor(weight, "prune_obs", name).is_floating_point():
+            raise TypeError(f"prune_obs: {name}: expected a real floating-point dtype, got {weight.dtype}")
+        if weight.device != weights[0].device:
+            raise ValueError(f"prune_obs: {name} is on {weight.device}, others on {weights[0].device}; move it")
+        if any(weight is other for other in weights[:number]):
+            raise ValueError(f"prune_obs: {name}: expected every weight once, got it twice")
     return names, weights
+
+
+def _of_layers(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of linear and convolutional layers by name, each once."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        name = f"{prefix}.weight" if prefix else "weight"
+        if not isinstance(module.weight, nn.Parameter):
+            raise ValueError(
+                f"prune_obs: model: {name}: expected a parameter, got a tensor that is computed from others; make it "
+                "one first, with torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if not any(module.weight is weight for weight in found.values()):
+            found[name] = module.weight
+    if not found:
+        raise ValueError("prune_obs: model: expected linear or convolutional layers, got none; pass the parameters")
+    return found
 
 
 def _alive(mask: Any, names: list[str] | None, weights: list[Tensor]) -> Tensor:
     if mask is None:
         return torch.ones(sum(weight.numel() for weight in weights), dtype=torch.bool, device=weights[0].device)
-    masks = [mask[name] for name in names] if names is not None and isinstance(mask, Mapping) else list(mask)
+    if isinstance(mask, Mapping):
+        if names is None or set(mask) != set(names):
+            raise ValueError(f"prune_obs: mask: expected {names or 'a list'}, got a dict of {sorted(mask)}")
+        mask = [mask[name] for name in names]
+    masks = [check_tensor(part, "prune_obs", f"mask[{number}]") for number, part in enumerate(mask)]
     shapes = [tuple(weight.shape) for weight in weights]
     if [tuple(part.shape) for part in masks] != shapes:
         raise ValueError(f"prune_obs: mask: expected shapes {shapes}, got {[tuple(part.shape) for part in masks]}")
