@@ -9,9 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-import tables
+from kantor.bench import tables
+from kantor.bench.linalg.peers import PEERS
+
 from linalg import cg_report
-from linalg.peers import PEERS
 
 
 def read(path: Path) -> list[cg_report.Record]:

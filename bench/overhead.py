@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import tables
+from kantor.bench import tables
 
 PROCESSES = 7
 CALLS = 20_000

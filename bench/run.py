@@ -29,18 +29,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import harness
-import machine
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch loads its OpenMP
+
+from kantor.bench import machine
+from kantor.bench.harness import Spec, Worker, WorkerError
+from kantor.bench.linalg.peers import PEERS
+from kantor.bench.linalg.problems import pyamg_matrices
+from kantor.bench.runner import QUIET_LOAD, QUIET_SPREAD
+
 import overhead
 import roofline
-from harness import Spec, Worker, WorkerError
 from linalg import cg_report, curvature
-from linalg.peers import PEERS
-from linalg.problems import pyamg_matrices
 
 CG_MODULE = "linalg.bench_cg"
-QUIET_LOAD = 0.5  # runnable processes per processor
-QUIET_SPREAD = 0.15  # between two timings of the same copy
 DEFAULT_RTOL = {"float64": 1e-8, "float32": 1e-5}  # float32 cannot hold a true residual of 1e-8
 PREPARE_TIMEOUT = 600.0
 
@@ -130,7 +131,7 @@ def run_group(specs: list[Spec], plan: Plan, recorder: Recorder, pool: dict[str,
     first = specs[0]
     label = f"{first.problem} {first.dtype} {first.threads}t {first.device}"
     calibration = Calibration(first, plan.module.state_bytes(first)) if plan.module.state_bytes(first) else None
-    keep = plan.reuse or harness.fits([plan.module.memory_estimate(spec) for spec in specs])
+    keep = plan.reuse or machine.fits([plan.module.memory_estimate(spec) for spec in specs])
     failed: set[str] = set()
     done: set[tuple[str, str]] = set()
     facts: dict[str, dict[str, Any]] = {}
@@ -302,7 +303,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     options = parse(arguments)
     if options.case == "report":
         return report(options.results)

@@ -15,7 +15,17 @@ from typer.testing import CliRunner
 
 from kantor import cli
 from kantor.demo import STATIONS
-from kantor.demo.page import Check, Gallery, Picture, Section, StationReport, Table, render_page
+from kantor.demo.page import (
+    Check,
+    Finding,
+    Gallery,
+    Picture,
+    Section,
+    StationReport,
+    Table,
+    between,
+    render_page,
+)
 from kantor.demo.pictures import place, shrink
 from kantor.demo.poisson_system import insert, region_system, right_hand_side, tileable
 from kantor.linalg import Stencil, cg
@@ -219,6 +229,35 @@ def test_page_is_well_formed_for_one_station_and_several(names):
     assert 'media="screen and (prefers-color-scheme: dark)"' in text
 
 
+def test_page_sums_up_each_station():
+    finding = Finding("A & B.", "SciPy.", "Twice as long.")
+    reports = [report("one", finding=finding), report("two")]
+    text = render_page(reports, command="kantor demo", versions="", size="small")
+    page = check_page(text)
+    assert len(page.attributes("dl")) == 2
+    for words in ("A &amp; B.", "SciPy.", "Station 1 of 2", "<span>--only</span> <span>two</span> <span>--size</span>"):
+        assert words in text
+    assert text.count("Twice as long.") == 2  # in the contents too
+    assert text.count("<li>somebody</li>") == 1
+    assert [a["href"] for a in page.attributes("a")].count("#contents") == 2
+    alone = render_page(reports[:1], command="kantor demo", versions="")
+    assert "--size" not in alone
+    assert "Station" not in alone
+    check_page(alone)
+
+
+def test_a_tall_picture_alone_is_narrow():
+    tall = Gallery((Picture("p.png", "a picture that is higher than wide", "", 2, 3),))
+    sections = (Section("Part one", (tall,)),)
+    assert 'class="single tall"' in render_page([report("one", sections=sections)], command="", versions="")
+
+
+def test_ratios_in_words():
+    assert between([6.83, 1.27, 2.0]) == "1.3 to 6.8"
+    assert between([0.123, 1234.5]) == "0.12 to 1,234"
+    assert between([3.0, 3.001]) == "3"
+
+
 def test_report_passes_when_all_checks_do():
     assert not report("one").passed
     assert report("one", checks=()).passed
@@ -256,6 +295,8 @@ def test_demo_end_to_end(tour):
             assert np.asarray(image.convert("L")).std() > 5, "an empty picture"
     assert {path.relative_to(folder).as_posix() for path in folder.glob("*/*")} == set(files)
     assert "kantor demo --size small" in text
+    assert len(page.attributes("dl")) == len(STATIONS)
+    assert text.count("<dt>Result</dt>") == len(STATIONS)
 
 
 def test_demo_prints_figures_beside_scipy(tour):
@@ -290,6 +331,21 @@ def test_demo_refuses_an_unwritable_folder(tmp_path):
     result = CliRunner().invoke(cli.build_app(), ["demo", "--size", "small", "--out", str(tmp_path / "file" / "out")])
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
+
+
+def test_stations_are_chosen_by_repetition_or_commas(tmp_path, monkeypatch):
+    import kantor.demo
+
+    ran = []
+
+    def station(name):
+        return kantor.demo.Station(name, name, lambda folder, size: ran.append(name) or report(name, checks=()))
+
+    monkeypatch.setattr(kantor.demo, "STATIONS", tuple(map(station, "abcd")))
+    words = ["demo", "--only", "d,b", "--only", "a", "--out", str(tmp_path)]
+    assert CliRunner().invoke(cli.build_app(), words).exit_code == 0
+    assert ran == ["a", "b", "d"]
+    assert "Station 3 of 3" in (tmp_path / "index.html").read_text()
 
 
 def test_failed_check_exits_1(tmp_path, monkeypatch):

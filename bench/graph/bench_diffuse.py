@@ -23,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
+from kantor.bench.tables import Table
 from kantor.graph import _native
 from peers import Sparse, best, cora, neighbours
 from torch import Tensor
-
-from tables import Table
 
 STEP, STEPS = 0.25, 20
 

@@ -20,11 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from kantor.bench.tables import Table
 from kantor.graph import _native
 from kantor.graph._neighbours import knn
 from torch import Tensor
-
-from tables import Table
 
 Case = tuple[str, int, int, int, int, str]
 PRODUCTS = [(10**5, 15, 64, "local"), (10**6, 15, 64, "local"), (10**6, 15, 64, "random")]

@@ -29,85 +29,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from kantor.bench import harness, machine
+from kantor.bench.cases.knn import Search, cdist, faiss, kantor, points, sklearn, tree, wrong
+from kantor.bench.tables import Table
 from torch import Tensor
 
-import harness
-import machine
 import roofline
-from tables import Table
 
 TIMEOUT = 600.0
 LEAST_SECONDS = 0.3  # a measurement that is shorter is repeated
-BLOCK = 2048
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-Search = Callable[[], tuple[Any, Any]]  # indices, distances
-
-
-def points(n: int, d: int, dtype: torch.dtype) -> Tensor:
-    """A mixture of ten Gaussians."""
-    generator = torch.Generator().manual_seed(0)
-    centres = 3 * torch.randn(10, d, generator=generator)
-    return (centres[torch.randint(10, (n,), generator=generator)] + torch.randn(n, d, generator=generator)).to(dtype)
-
-
-# --- peers ---
-
-
-def kantor(x: Tensor, k: int) -> Search:
-    from kantor.graph._neighbours import knn
-
-    return lambda: knn(x, k)
-
-
-def faiss(x: Tensor, k: int) -> Search:
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    array = x.numpy()
-
-    def search() -> tuple[Any, Any]:
-        index = faiss.IndexFlatL2(array.shape[1])
-        index.add(array)
-        squares, found = index.search(array, k + 1)
-        return found[:, 1:], squares[:, 1:] ** 0.5
-
-    return search
-
-
-def cdist(x: Tensor, k: int) -> Search:
-    def search() -> tuple[Any, Any]:
-        parts = []
-        for first in range(0, len(x), BLOCK):
-            distance = torch.cdist(x[first : first + BLOCK], x)
-            distance.diagonal(first).fill_(torch.inf)
-            parts.append(distance.topk(k, largest=False))
-        return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
-
-    return search
-
-
-def sklearn(x: Tensor, k: int) -> Search:
-    from sklearn.neighbors import NearestNeighbors
-    from threadpoolctl import threadpool_limits
-
-    threads = torch.get_num_threads()
-
-    def search() -> tuple[Any, Any]:
-        with threadpool_limits(threads):
-            distance, index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x.numpy()).kneighbors()
-        return index, distance
-
-    return search
-
-
-def tree(x: Tensor, k: int) -> Search:
-    from scipy.spatial import cKDTree
-
-    def search() -> tuple[Any, Any]:
-        distance, index = cKDTree(x.numpy()).query(x.numpy(), k + 1, workers=torch.get_num_threads())
-        return index[:, 1:], distance[:, 1:]
-
-    return search
 
 
 # name: search, package, largest n d, largest d
@@ -133,7 +64,7 @@ def prepare(spec: harness.Spec) -> tuple[harness.Measure, dict[str, Any]]:
     clock = time.process_time if spec.threads == 1 else time.perf_counter
     resident = machine.forget_peak_memory()
     found = [torch.as_tensor(result) for result in search()]
-    facts = {"megabytes": machine.peak_memory() - resident, "differ": _wrong(x, *found)}
+    facts = {"megabytes": machine.peak_memory() - resident, "differ": wrong(x, *found)}
     del found
 
     def measure(_: str) -> dict[str, Any]:
@@ -145,17 +76,6 @@ def prepare(spec: harness.Spec) -> tuple[harness.Measure, dict[str, Any]]:
         return {"seconds": least}
 
     return measure, facts
-
-
-def _wrong(x: Tensor, index: Tensor, distance: Tensor) -> int:
-    """Neighbours of a sample that are farther than the k-th nearest in float64, or whose distance is off by 1e-3."""
-    rows = torch.linspace(0, len(x) - 1, 64).long()
-    sample, k = x[rows].double(), index.shape[1]
-    exact = torch.cat([torch.cdist(row[None], x.double()) for row in sample])
-    exact.scatter_(1, rows[:, None], torch.inf)
-    last = exact.topk(k, largest=False).values[:, -1:]
-    found = exact.gather(1, index[rows].long())
-    return int(((found > last * (1 + 1e-12)) | ((distance[rows] - found).abs() > 1e-3 * found)).sum())
 
 
 # --- the runner ---

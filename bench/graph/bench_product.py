@@ -23,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from kantor.bench.tables import Table
 from kantor.graph import _native
 from peers import best, copy_rate, neighbours
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-
-from tables import Table
 
 
 def compare(n: int, reach: int | None, d: int, threads: int, repeats: int, table: Table) -> None:

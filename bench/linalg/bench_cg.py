@@ -14,9 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from harness import Measure, Spec
-from linalg import peers, problems, solvers
+from kantor.bench.harness import Measure, Spec
+from kantor.bench.linalg import peers, problems, solvers
 
 TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LEAST_SECONDS = 0.1  # a shorter run is repeated and its median taken

@@ -29,10 +29,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from kantor.bench.tables import Table
 from kantor.linalg._conv_inference import PackedNet
 from torch import Tensor, nn
-
-from tables import Table
 
 COUNTS = {"64": (1, 3, 2), "128": (2, 5, 3)}
 REUSED = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "8589934592"}

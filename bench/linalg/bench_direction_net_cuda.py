@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from bench_direction_net import COUNTS, Net, operations
+from kantor.bench.tables import Table
 from kantor.linalg._conv_inference import PackedNet
 from torch import Tensor
-
-from tables import Table
 
 
 def seconds(run: Callable[[], Tensor], repeats: int = 20) -> float:

@@ -25,7 +25,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,157 +33,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
+from kantor.bench import harness, machine
+from kantor.bench.cases.multigrid import FIRST, Scene
+from kantor.bench.cases.multigrid import SOLVERS as PEERS
+from kantor.bench.tables import Table
 
-import harness
-import machine
 import roofline
-from tables import Table
 
 RTOLS = (1e-6, 1e-8)
 TIMEOUT = 1200.0
 LEAST_SECONDS = 0.3  # a measurement that is shorter is repeated
-Solve = Callable[[float], tuple[Tensor, int]]  # the solution on the fluid cells, and how many iterations it took
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Flags, the right-hand side on the grid and on the fluid cells, and the matrix of these (None: nobody asks)."""
-
-    flags: Tensor
-    b: Tensor
-    compressed_b: Tensor
-    matrix: Any
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A solver: `set_up` does what a new geometry needs. `limit` is the largest number of cells it gets."""
-
-    set_up: Callable[[Problem], Solve]
-    needs: str = "torch"
-    matrix: bool = False
-    limit: int = 128**3
-
-    @property
-    def threaded(self) -> bool:
-        return self.needs == "torch"
-
-
-# --- Kantor ---
-
-
-def _kantor(precondition: Callable[[Any], Any]) -> Callable[[Problem], Solve]:
-    def set_up(problem: Problem) -> Solve:
-        from kantor.linalg import PoissonGrid, cg
-
-        A = PoissonGrid(problem.flags)
-        _ = A.cells, A.closed_components
-        M = precondition(A)
-
-        def solve(rtol: float) -> tuple[Tensor, int]:
-            result = cg(A, problem.b, M=M, rtol=rtol)
-            return A.compress(result.x), result.iterations
-
-        return solve
-
-    return set_up
-
-
-def _multigrid(**options: Any) -> Callable[[Any], Any]:
-    def precondition(A: Any) -> Any:
-        from kantor.linalg import Multigrid
-
-        return Multigrid(A, **options)
-
-    return precondition
-
-
-def _learned(A: Any) -> Any:
-    from kantor.linalg import LearnedVCycle
-
-    return LearnedVCycle(len(A.grid)).bind(A)
-
-
-def _incomplete_cholesky(A: Any) -> Any:
-    from kantor.linalg import ic0
-
-    return ic0(A)
-
-
-# --- peers ---
-
-
-def _pyamg(kind: str, **options: Any) -> Callable[[Problem], Solve]:
-    def set_up(problem: Problem) -> Solve:
-        import pyamg
-
-        hierarchy = getattr(pyamg, kind)(problem.matrix, **options)
-
-        def solve(rtol: float) -> tuple[Tensor, int]:
-            residuals: list[float] = []
-            b = problem.compressed_b.numpy()
-            x = hierarchy.solve(b, tol=rtol, accel="cg", maxiter=500, residuals=residuals)
-            return torch.from_numpy(x), len(residuals) - 1
-
-        return solve
-
-    return set_up
-
-
-def _scipy(problem: Problem) -> Solve:
-    from scipy.sparse.linalg import cg
-
-    def solve(rtol: float) -> tuple[Tensor, int]:
-        count = 0
-
-        def step(_: object) -> None:
-            nonlocal count
-            count += 1
-
-        x, _ = cg(problem.matrix, problem.compressed_b.numpy(), rtol=rtol, atol=0.0, callback=step)
-        return torch.from_numpy(x), count
-
-    return solve
-
-
-def _hypre(problem: Problem) -> Solve:
-    from petsc4py import PETSc
-
-    m = problem.matrix
-    A = PETSc.Mat().createAIJ(size=m.shape, csr=(m.indptr, m.indices, m.data), comm=PETSc.COMM_SELF)
-    b = PETSc.Vec().createWithArray(problem.compressed_b.numpy(), comm=PETSc.COMM_SELF)
-    x = b.duplicate()
-    solver = PETSc.KSP().create(comm=PETSc.COMM_SELF)
-    solver.setType("cg")
-    solver.setOperators(A)
-    solver.getPC().setType("hypre")
-    solver.setNormType(PETSc.KSP.NormType.UNPRECONDITIONED)
-    solver.setUp()
-
-    def solve(rtol: float) -> tuple[Tensor, int]:
-        solver.setTolerances(rtol=rtol, atol=0.0, divtol=1e300, max_it=500)
-        solver.solve(b, x)
-        return torch.from_numpy(x.getArray(readonly=True).copy()), solver.getIterationNumber()
-
-    return solve
-
-
-FIRST = "Kantor, multigrid"
-PEERS = {
-    FIRST: Peer(_kantor(_multigrid()), limit=1 << 40),
-    "  two sweeps": Peer(_kantor(_multigrid(sweeps=2))),
-    "  damped Jacobi": Peer(_kantor(_multigrid(smoother="jacobi"))),
-    "  learned": Peer(_kantor(_learned), limit=1 << 40),
-    "  walls ignored": Peer(_kantor(_multigrid(walls=False))),
-    "Kantor, cg": Peer(_kantor(lambda A: None)),
-    "Kantor, cg with ic0": Peer(_kantor(_incomplete_cholesky)),
-    "pyamg, SA": Peer(_pyamg("smoothed_aggregation_solver", improve_candidates=None), "pyamg", True),
-    "pyamg, RS": Peer(_pyamg("ruge_stuben_solver"), "pyamg", True),
-    "pyamg, RS direct": Peer(_pyamg("ruge_stuben_solver", interpolation="direct"), "pyamg", True),
-    "SciPy, cg": Peer(_scipy, "scipy", True),
-    "PETSc, cg with hypre": Peer(_hypre, "petsc4py", True),
-}
 
 
 # --- in a worker ---
@@ -200,7 +59,7 @@ def prepare(spec: harness.Spec) -> tuple[harness.Measure, dict[str, Any]]:
     A = PoissonGrid(flags)
     b = torch.randn(A.grid, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * A.mask
     matrix = A.to_csr().to_scipy() if peer.matrix else None
-    problem = Problem(flags, b, A.compress(b), matrix)
+    problem = Scene(flags, b, A.compress(b), matrix)
     facts = {"unknowns": A.num_unknowns}
     clock = time.process_time if spec.threads == 1 else time.perf_counter
     if A.num_unknowns <= 64**3 and A.closed_components[1] == 0:
@@ -291,7 +150,7 @@ def run(options: argparse.Namespace, scene: str, side: int, log: list[dict[str, 
 
 def keeps(specs: list[harness.Spec], cells: int) -> bool:
     """Whether all processes can stay alive: 250 MB for the libraries, and some hundred bytes a cell."""
-    return harness.fits([(250 << 20) + 600 * cells] * len(specs))
+    return machine.fits([(250 << 20) + 600 * cells] * len(specs))
 
 
 def table_of(

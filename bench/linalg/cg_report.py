@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kantor.bench import tables
+from kantor.bench.linalg.peers import PEERS
+
 import plots
-import tables
-from linalg.peers import PEERS
 
 WORD = {"float64": 8, "float32": 4}
 ROUNDING = {"float64": 1e-11, "float32": 1e-4}  # below this residual peers differ by rounding

@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from kantor.bench import tables
+
 import programs
-import tables
 
 REPETITIONS = 15
 LIMIT = 3.0  # per cent

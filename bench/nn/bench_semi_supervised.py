@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import experiments
 from experiments import Scores, means
+from kantor.bench.tables import Table
 from kantor.graph import classify
 from kantor.nn import COIN, DiffResNet, fit_nodes, split_per_class
-
-from tables import Table
 
 Goals = dict[str, Callable[[dict[str, float]], tuple[str, float]]]  # from the means: in words, and the number asked for
 

@@ -27,11 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from kantor.bench.tables import Table
 from kantor.optim import AdaHessian
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-
-from tables import Table
 
 BETAS, LR, EPS = (0.9, 0.999), 0.15, 1e-4
 

@@ -25,10 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from kantor.bench.tables import Table
 from kantor.linalg import Dense, Diagonal, LowRank, cg, multishift_cg
 from kantor.optim import OptimizeResult, curvature, minimize_gns
-
-from tables import Table
 
 F64 = torch.float64
 

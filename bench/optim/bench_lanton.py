@@ -25,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import byte_model
 import torch
+from kantor.bench.tables import Table
 from kantor.linalg import msign
 from kantor.optim import LANTON, lmo_param_groups
 from torch import Tensor, nn
-
-from tables import Table
 
 SCALES = {"spectral": 1.0, "sign": 10.0, "rms": 0.3}
 Optimizers = list[torch.optim.Optimizer]

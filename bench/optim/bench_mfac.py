@@ -26,10 +26,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests" / "optim"))
 
+from kantor.bench.tables import Table
 from kantor.optim import MFAC, EmpiricalFisher, prune_obs
 from mfac_reference import Dynamic, accuracy, classifier, correlated, dense, gradients, random, recursion, train
-
-from tables import Table
 
 F64 = torch.float64
 STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.int8)

@@ -20,123 +20,16 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from kantor.bench.cases.minimize import TOL, Counted, OverBudget, kantor, lbfgs, scipy
 from kantor.datasets import MinimizationProblem, minimization_problems
 from kantor.datasets.minimization import extended_rosenbrock
-from kantor.optim import minimize
-from scipy.optimize import minimize as scipy_minimize
 
-TOL, BUDGET = 1e-6, 20_000
 BASE = "trust-krylov"
-
-
-class OverBudget(Exception):
-    """No products are left."""
-
-
-class Counted:
-    """A problem's callables with their counts, by hand or by automatic differentiation."""
-
-    def __init__(self, problem: MinimizationProblem, autograd: bool = False) -> None:
-        self.problem, self.autograd = problem, autograd
-        self.hvps = self.points = self.grads = 0
-        self.x = self.g = np.empty(0)  # where the gradient was asked for last, and that gradient
-        self._last = np.empty(0)
-        self._graphs: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def fun(self, x: Any) -> float:
-        return self.problem.fun(torch.from_numpy(x)).item() if self.autograd else self.problem.fun_numpy(x)
-
-    def grad(self, x: Any) -> Any:
-        self.grads += 1
-        if self.grads > 2 * BUDGET:
-            raise OverBudget
-        self.g = self._graph(x)[1].detach().numpy() if self.autograd else self.problem.grad_numpy(x)
-        self.x = x.copy()
-        return self.g
-
-    def hvp(self, x: Any, v: Any) -> Any:
-        self.hvps += 1
-        if self.hvps > BUDGET:
-            raise OverBudget
-        if not np.array_equal(self._last, x):
-            self._last = x.copy()
-            self.points += 1
-        if not self.autograd:
-            return self.problem.hvp_numpy(x, v)
-        leaf, g = self._graph(x)
-        return torch.autograd.grad(g, leaf, torch.from_numpy(v), retain_graph=True)[0].numpy()
-
-    def _graph(self, x: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient with its graph, which serves all products at x; the last two are kept, for rejected steps."""
-        key = x.tobytes()
-        if key not in self._graphs:
-            leaf = torch.from_numpy(x.copy()).requires_grad_()
-            (g,) = torch.autograd.grad(self.problem.fun(leaf), leaf, create_graph=True)
-            self._graphs = dict([*list(self._graphs.items())[-1:], (key, (leaf, g))])
-        return self._graphs[key]
-
-    def norm(self, x: Any) -> float:
-        """Of the gradient at x, for nothing if it was the last one asked for."""
-        return float(np.linalg.norm(self.g if np.array_equal(self.x, x) else self.grad(x)))
-
-
-def kantor(**options: Any) -> Callable[[Counted], Any]:
-    """Through NumPy callables, or with torch's own derivatives."""
-
-    def run(c: Counted) -> Any:
-        if not c.autograd:
-            return minimize(c.fun, c.problem.x0.numpy(), grad=c.grad, hvp=c.hvp, tol=TOL, **options).x
-        result = minimize(c.problem.fun, c.problem.x0, tol=TOL, max_hvp=BUDGET, **options)
-        c.grads, c.hvps, c.points = result.n_grad, result.n_hvp, result.n_points
-        return result.x.numpy()
-
-    return run
-
-
-def scipy(method: str) -> Callable[[Counted], Any]:
-    def run(c: Counted) -> Any:
-        def stop(intermediate_result: Any) -> None:
-            if c.norm(intermediate_result.x) <= TOL:
-                raise StopIteration
-
-        trust = method.startswith("trust")
-        test = {"gtol": TOL} if trust else {"xtol": 1e-300}
-        return scipy_minimize(
-            c.fun, c.problem.x0.numpy(), jac=c.grad, hessp=c.hvp, method=method, callback=None if trust else stop,
-            options={"maxiter": 20_000, **test},
-        ).x  # fmt: skip
-
-    return run
-
-
-def lbfgs(c: Counted) -> Any:
-    """torch's with strong Wolfe search, a step at a time: each begins with the value and gradient that are known."""
-    x = c.problem.x0.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [x], max_iter=1, max_eval=30, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
-    )
-    value = 0.0
-
-    def closure() -> torch.Tensor:
-        nonlocal value
-        at = x.detach().numpy()
-        if not np.array_equal(c.x, at):
-            value = c.fun(at)
-            c.grad(at)
-        x.grad = torch.from_numpy(c.g.copy())
-        return torch.tensor(value, dtype=x.dtype)
-
-    while True:
-        before = x.detach().clone()
-        optimizer.step(closure)
-        if c.norm(x.detach().numpy()) <= TOL or torch.equal(before, x.detach()):
-            return x.detach().numpy()
 
 
 METHODS = {

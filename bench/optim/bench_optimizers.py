@@ -10,7 +10,8 @@ bytes   a causal convolutional model of the next byte, on the sources of the sta
 
 Every optimiser is tried at each of the learning rates, reached linearly over the first steps (--warmup), and stands in
 the table with the one of the least training loss, mean of all seeds; a star says that it is at an end of the grid. All
-have the same batches and the same first parameters. A new optimiser is one line of OPTIMIZERS.
+have the same batches and the same first parameters. A new optimiser is one line of OPTIMIZERS, in
+kantor.bench.cases.optimizers.
 """
 
 from __future__ import annotations
@@ -29,68 +30,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from kantor.optim import LANTON, MFAC, AdaHessian, lmo_param_groups
+from kantor.bench.cases.optimizers import OPTIMIZERS, digits_network
+from kantor.bench.tables import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.optim.lr_scheduler import LambdaLR
-
-from tables import Table
-
-Closure = Callable[[], Tensor]
-Optimizers = list[torch.optim.Optimizer]
-
-
-# --- optimisers: name -> (model and rate -> optimisers, step) ---
-
-
-def backward_step(optimizers: Optimizers, closure: Closure) -> Tensor:
-    """The usual loop: clear, differentiate, step."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss = closure()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return loss.detach()
-
-
-def closure_step(optimizers: Optimizers, closure: Closure) -> Tensor:
-    """For optimisers that differentiate the loss themselves."""
-    (optimizer,) = optimizers
-    return optimizer.step(closure)  # type: ignore[return-value,arg-type]
-
-
-def muon(net: nn.Module, lr: float) -> Optimizers:
-    """Muon for matrices, Adam for everything else: torch's takes no kernels."""
-    matrices, others = ([p for p in net.parameters() if (p.ndim == 2) == wanted] for wanted in (True, False))
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.Adam(others, lr=lr),
-    ]
-
-
-def adahessian(net: nn.Module, lr: float, period: int) -> Optimizers:
-    return [AdaHessian(net.parameters(), lr, update_period=period, seed=0)]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to make an optimiser, and how to take a step."""
-
-    make: Callable[[nn.Module, float], Optimizers]
-    step: Callable[[Optimizers, Closure], Tensor] = backward_step
-
-
-OPTIMIZERS = {
-    "SGD": Method(lambda net, lr: [torch.optim.SGD(net.parameters(), lr, momentum=0.9)]),
-    "Adam": Method(lambda net, lr: [torch.optim.Adam(net.parameters(), lr)]),
-    "Muon": Method(muon),
-    "AdaHessian": Method(lambda net, lr: adahessian(net, lr, 1), closure_step),
-    "AdaHessian, every 5": Method(lambda net, lr: adahessian(net, lr, 5), closure_step),
-    "MFAC": Method(lambda net, lr: [MFAC(net.parameters(), lr, momentum=0.9, m=64, damping=1e-4)]),
-    "LANTON": Method(lambda net, lr: [LANTON(lmo_param_groups(net), lr)]),
-}
-
 
 # --- tasks ---
 
@@ -112,14 +56,7 @@ def digits(convolutional: bool, seed: int, options: argparse.Namespace) -> Task:
     x, y = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y)
 
     def model() -> nn.Module:
-        torch.manual_seed(seed)
-        if convolutional:
-            return nn.Sequential(
-                nn.Conv2d(1, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.Tanh(),
-                nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 10),
-            )  # fmt: skip
-        layers = [nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)]
-        return nn.Sequential(nn.Flatten(), *layers)
+        return digits_network(convolutional, seed)
 
     def measure(net: nn.Module) -> tuple[float, float]:
         accuracy = (net(x[1400:]).argmax(1) == y[1400:]).double().mean()

@@ -30,44 +30,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-
-import harness
-import machine
-import tables
-from harness import Measure, Spec, Worker, WorkerError
-from transport import peers
+from kantor.bench import machine, tables
+from kantor.bench.cases.transport import ROUNDS, TOL, make_problem, next_threshold
+from kantor.bench.harness import Measure, Spec, Worker, WorkerError
+from kantor.bench.transport import peers
 
 PROBLEMS = ("random", "images-l1", "images-l2", "colours", "digits", "mixture-1d", "clouds")
 FAMILIES = ("regot", "pot", "ott", "torch", "exact")
 PACKAGES = ("POT", "regot", "ott-jax", "jax", "torch", "numpy", "scipy")
-TOL = 1e-9
 PREPARE_SECONDS = 180.0  # importing libraries and making a problem
-ROUNDS = 6  # of finding the threshold
 
 
 # --- in a worker ---
 
 
-def make_problem(name: str, n: int, reg: float, seed: int) -> peers.Problem:
-    """One problem of the suite at about n points."""
-    from kantor.datasets import transport
-
-    makers: dict[str, Any] = {
-        "random": lambda: transport.random_assignment(n, seed),
-        "images-l1": lambda: transport.image_pair_l1(round(math.sqrt(n)), seed),
-        "images-l2": lambda: transport.image_pair_l2(round(math.sqrt(n)), seed),
-        "colours": lambda: transport.colour_clouds(n, seed),
-        "digits": lambda: transport.digit_clouds(n, seed=seed),
-        "mixture-1d": lambda: transport.mixture_1d(n, seed=seed),
-        "clouds": lambda: transport.point_clouds(n, 3, seed),
-    }
-    return peers.Problem(*makers[name](), reg)
-
-
 def prepare(spec: Spec) -> tuple[Measure, dict[str, Any]]:
     """Build problem and solver, and return what measures one solve to a threshold."""
     torch.set_num_threads(spec.threads)
-    _set_blas_threads(spec.threads)
+    peers.set_blas_threads(spec.threads)
     name, n, reg, seed = spec.problem.split("/")
     problem = make_problem(name, int(n), float(reg), int(seed))
     solve = peers.PEERS[spec.peer].prepare(problem)
@@ -75,8 +55,6 @@ def prepare(spec: Spec) -> tuple[Measure, dict[str, Any]]:
 
     def measure(goal: str) -> dict[str, Any]:
         threshold, limit = map(float, goal.split("/"))
-        if hasattr(solve, "compile"):
-            solve.compile(threshold)
         # With one thread the limit is the processor's time, which a busy machine does not shorten: the signal ends the
         # process, whatever native code it is in.
         timer = limit if spec.threads == 1 else 0.0
@@ -99,15 +77,6 @@ def prepare(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         }
 
     return measure, {"n": C.shape[0], "m": C.shape[1], "entropy_bound": peers.entropy_bound(problem)}
-
-
-def _set_blas_threads(threads: int) -> None:
-    """The harness gives OpenBLAS one thread; here products of a matrix and a vector are what NumPy's peers do."""
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return
-    threadpool_limits(threads, "blas")
 
 
 # --- in the runner ---
@@ -169,8 +138,7 @@ def calibrate(candidate: Candidate, spec: Spec, limit: float) -> None:
             return
         if error is None or error > 1e4 * candidate.threshold:  # it stopped for another reason
             break
-        # Newton's error falls in leaps, so that a slightly smaller threshold may change nothing.
-        candidate.threshold *= min(0.9 * TOL / error, 0.3 if round_number else 1.0)
+        candidate.threshold = next_threshold(candidate.threshold, error, first=round_number == 0)
     candidate.status = "not finite" if error is None else f"stuck at {error:.0e}"
 
 
@@ -180,7 +148,7 @@ def run_group(
     """All peers on one problem; returns a record each."""
     threads = options.threads_now
     alive = []
-    together = harness.fits([(500 << 20) + 48 * n * n] * len(options.methods))
+    together = machine.fits([(500 << 20) + 48 * n * n] * len(options.methods))
     for method in options.methods:
         candidate = Candidate(peers.PEERS[method], workers.pop(method).worker if method in workers else None)
         spec = _spec(options, candidate, name, n, reg)

@@ -29,12 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from kantor.bench import machine, tables
+from kantor.bench.harness import Measure, Spec, Worker, WorkerError
 from torch import Tensor
 
-import machine
 import roofline
-import tables
-from harness import Measure, Spec, Worker, WorkerError
 
 PREPARE_SECONDS, MEASURE_SECONDS = 300.0, 120.0  # KeOps compiles in the first
 LEAST_SECONDS = 0.25  # of one measurement, which is the median of as many sweeps

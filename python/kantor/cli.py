@@ -1,4 +1,4 @@
-"""The command ``kantor``: ``info``, ``solve``, ``transport``, ``classify`` and ``demo`` (extra ``cli``).
+"""The command ``kantor``: ``info``, ``solve``, ``transport``, ``classify``, ``demo`` and ``bench`` (extra ``cli``).
 
 Exit codes: 0 solved, 1 not solved, 2 bad input (one message on stderr, no traceback), 130 interrupted.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 import webbrowser
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,7 @@ try:
     from rich.markup import escape
     from rich.table import Table
 
+    from kantor._bench_command import bench
     from kantor._classify_command import classify
     from kantor._transport_command import transport
 except ImportError as error:
@@ -77,7 +79,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_version)
-    for command in (info, solve, transport, classify, demo):
+    for command in (info, solve, transport, classify, demo, bench):
         app.command()(command)
     return app
 
@@ -289,7 +291,9 @@ def _advice(result: SolveResult, preconditioner: Preconditioner) -> str:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("kantor-demo"),
     size: Annotated[Size, typer.Option(help="small: shrunk pictures, a few seconds.")] = Size.full,
-    only: Annotated[list[str] | None, typer.Option(help="Run only this station; may be repeated.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run only this station; may be repeated, or joined by commas.")
+    ] = None,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Take a tour of Kantor on real data and write it down as a page, index.html."""
@@ -298,13 +302,17 @@ def demo(
     console = Console()
     with one_message("demo"):
         names = [station.name for station in STATIONS]
-        if unknown := sorted(set(only or []) - set(names)):
+        wanted = [name.strip() for part in only or [] for name in part.split(",")]
+        if unknown := sorted(set(wanted) - set(names)):
             raise BadInputError(f"--only {unknown[0]}: no such station; there are {', '.join(names)}")
+        chosen = [station for station in STATIONS if not wanted or station.name in wanted]
         try:
             out.mkdir(parents=True, exist_ok=True)
             reports = []
-            for station in STATIONS:
-                if not only or station.name in only:
+            with progress("demo", enabled=True) as update:
+                for number, station in enumerate(chosen):
+                    if update is not None:
+                        update(_shown(number, len(chosen), station.title))
                     console.print(f"[bold]{escape(station.title)}[/bold] ({station.name}, {size.value})")
                     reports.append(station.run(out, size.value))
                     _print_report(console, reports[-1])
@@ -316,7 +324,7 @@ def demo(
                 *(word for name in only or [] for word in ("--only", name)),
             ]
             words += [] if out == Path("kantor-demo") else ["--out", str(out)]
-            page = write_page(out, reports, command=shlex.join(words), versions=_versions())
+            page = write_page(out, reports, command=shlex.join(words), versions=_versions(), size=size.value)
         except OSError as error:
             raise BadInputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     console.print(f"The page: {escape(str(page))}", soft_wrap=True)
@@ -325,6 +333,11 @@ def demo(
     if not all(report.passed for report in reports):
         print("kantor demo: a check failed; see above", file=sys.stderr)
         raise typer.Exit(NOT_SOLVED)
+
+
+def _shown(number: int, count: int, title: str) -> Callable[[], tuple[float, str]]:
+    """What the progress bar says while a station runs."""
+    return lambda: (number / count, f"{number + 1} of {count}: {title}")
 
 
 def _print_report(console: Console, report: Any) -> None:

@@ -25,7 +25,7 @@ class Ink:
 
 
 _INKS = (
-    Ink("light", "#1d1f21", "#fdfcfa", ("#8b9096", "#0b5c8a", "#b3541e", "#23683a", "#6b3fa0", "#a3195b", "#7a6a00")),
+    Ink("light", "#1d1f21", "#fdfcfa", ("#6b7075", "#0b5c8a", "#b3541e", "#23683a", "#6b3fa0", "#a3195b", "#7a6a00")),
     Ink("dark", "#e6e4df", "#15171a", ("#7f858c", "#7cc0ea", "#f0a56b", "#7fcf97", "#bd9df0", "#f08fb8", "#d8c55a")),
 )
 

@@ -2,12 +2,12 @@
 
 A station of the demo describes its part of the page with the small types below; :func:`write_page` turns the reports
 of all stations that ran into HTML. The page uses no script and no network, follows the reader's light or dark
-setting, prints, and fits a telephone.
+setting, prints, and fits a telephone; its looks are in ``page.css``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -62,6 +62,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A station in three sentences: the problem, who was compared on it, and by how much they differ."""
+
+    problem: str
+    compared: str
+    ratio: str
+
+
+@dataclass(frozen=True)
 class StationReport:
     """What a station of the demo found: its part of the page, and the table and checks the terminal shows."""
 
@@ -73,6 +82,7 @@ class StationReport:
     checks: tuple[Check, ...]
     seconds: float
     credits: tuple[str, ...] = field(default=())
+    finding: Finding | None = None
 
     @property
     def passed(self) -> bool:
@@ -80,7 +90,21 @@ class StationReport:
         return all(check.passed for check in self.checks)
 
 
-def write_page(folder: Path, reports: Sequence[StationReport], *, command: str, versions: str) -> Path:
+def times(ratio: float) -> str:
+    """A ratio with two digits, or as a whole number."""
+    return f"{ratio:.2g}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+def between(ratios: Iterable[float]) -> str:
+    """The least and the largest of some ratios, in words: "2.1 to 6.8"."""
+    found = sorted(ratios)
+    texts = times(found[0]), times(found[-1])
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"
+
+
+def write_page(
+    folder: Path, reports: Sequence[StationReport], *, command: str, versions: str, size: str = "full"
+) -> Path:
     """Write ``index.html`` into ``folder`` and return its path.
 
     Parameters
@@ -93,19 +117,27 @@ def write_page(folder: Path, reports: Sequence[StationReport], *, command: str, 
         The command line that makes this page, shown in the footer.
     versions : str
         Versions and threads behind the figures, shown in the footer.
+    size : {"small", "full"}
+        Of the stations, for the commands that run one alone.
     """
     path = folder / "index.html"
-    path.write_text(render_page(reports, command=command, versions=versions), encoding="utf-8")
+    path.write_text(render_page(reports, command=command, versions=versions, size=size), encoding="utf-8")
     return path
 
 
-def render_page(reports: Sequence[StationReport], *, command: str, versions: str) -> str:
+def render_page(reports: Sequence[StationReport], *, command: str, versions: str, size: str = "full") -> str:
     """Return the HTML of the page as one string; see :func:`write_page`."""
-    title = reports[0].title if len(reports) == 1 else "Kantor on real data"
-    articles = "\n".join(_article(report, alone=len(reports) == 1) for report in reports)
-    sources = "\n".join(f"<li>{text}</li>" for report in reports for text in report.credits)
+    alone = len(reports) == 1
+    title = reports[0].title if alone else "Kantor on real data"
+    articles = "\n".join(
+        _article(report, size, "" if alone else f"Station {number} of {len(reports)}")
+        for number, report in enumerate(reports, 1)
+    )
+    sources = "\n".join(f"<li>{text}</li>" for text in dict.fromkeys(text for r in reports for text in r.credits))
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     # A page of one station is a short article: its title is the page's, and it needs no list of contents.
-    heading = "" if len(reports) == 1 else f"<h1>{escape(title)}</h1>\n{_contents(reports)}\n"
+    heading = "" if alone else f'<header>\n<h1>{escape(title)}</h1>\n<p class="lead">{_INTRODUCTION}</p>\n'
+    heading += "" if alone else f"{_contents(reports)}\n</header>\n"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -113,7 +145,8 @@ def render_page(reports: Sequence[StationReport], *, command: str, versions: str
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)} · Kantor</title>
-<style>{_STYLE}</style>
+<style>
+{style}</style>
 </head>
 <body>
 <a class="skip" href="#content">Skip to the content</a>
@@ -124,7 +157,7 @@ def render_page(reports: Sequence[StationReport], *, command: str, versions: str
 <h2>How this page was made</h2>
 <pre tabindex="0"><code>{escape(command)}</code></pre>
 <p>{escape(versions)}</p>
-<h2>Pictures</h2>
+<h2>Sources</h2>
 <ul>
 {sources}
 </ul>
@@ -134,9 +167,21 @@ def render_page(reports: Sequence[StationReport], *, command: str, versions: str
 """
 
 
+_INTRODUCTION = (
+    "Problems from real data, solved on this machine a moment ago. Each station says what the problem is, shows what "
+    "came out, and sets Kantor beside programs that do the same. Every figure was measured in this run; yours will "
+    "differ."
+)
+
+
 def _contents(reports: Sequence[StationReport]) -> str:
-    links = "\n".join(f'<li><a href="#{escape(report.name)}">{escape(report.title)}</a></li>' for report in reports)
-    return f'<nav aria-label="On this page">\n<ul>\n{links}\n</ul>\n</nav>'
+    links = "\n".join(
+        f'<li><a href="#{escape(report.name)}">{escape(report.title)}</a>'
+        + (f"<span>{escape(report.finding.ratio)}</span>" if report.finding else "")
+        + "</li>"
+        for report in reports
+    )
+    return f'<nav id="contents" aria-label="Contents">\n<ol>\n{links}\n</ol>\n</nav>'
 
 
 def _anchor(report: StationReport, section: Section) -> str:
@@ -144,13 +189,15 @@ def _anchor(report: StationReport, section: Section) -> str:
     return f"{report.name}-{'-'.join(words)}"
 
 
-def _article(report: StationReport, *, alone: bool) -> str:
+def _article(report: StationReport, size: str, number: str) -> str:
     # One h1 on the page: the station's own title where it stands alone, else the title above all stations.
-    level = 1 if alone else 2
+    level = 2 if number else 1
     parts = [
         f'<article id="{escape(report.name)}">',
+        *([f'<p class="kicker">{number}</p>'] if number else []),
         f"<h{level}>{escape(report.title)}</h{level}>",
         f'<p class="lead">{report.lead}</p>',
+        _finding(report, size),
     ]
     for section in report.sections:
         parts.append(f'<section id="{escape(_anchor(report, section))}">')
@@ -161,8 +208,27 @@ def _article(report: StationReport, *, alone: bool) -> str:
         parts.append('<ul class="checks" aria-label="Checks">')
         parts.extend(_check(check) for check in report.checks)
         parts.append("</ul>")
+    if number:
+        parts.append('<p class="back"><a href="#contents">Back to the contents</a></p>')
     parts.append("</article>")
     return "\n".join(parts)
+
+
+def _finding(report: StationReport, size: str) -> str:
+    command = f"kantor demo --only {report.name}" + ("" if size == "full" else f" --size {size}")
+    words = " ".join(f"<span>{escape(word)}</span>" for word in command.split())  # a line ends between words only
+    rows = []
+    if report.finding is not None:
+        rows += [
+            ("Problem", escape(report.finding.problem)),
+            ("Compared", escape(report.finding.compared)),
+            ("Result", escape(report.finding.ratio)),
+        ]
+    rows += [
+        ("Run it alone", f"<code>{words}</code>"),
+        ("Took", f"{report.seconds:.1f} s, pictures included"),
+    ]
+    return '<dl class="finding">\n' + "\n".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows) + "\n</dl>"
 
 
 def _block(block: str | Gallery | Table) -> str:
@@ -176,6 +242,8 @@ def _gallery(gallery: Gallery) -> str:
     pictures = "\n".join(_picture(picture) for picture in gallery.pictures)
     caption = f"<figcaption>{escape(gallery.caption)}</figcaption>\n" if gallery.caption else ""
     kind = "single" if alone else f"gallery of-{len(gallery.pictures)}"
+    if alone and gallery.pictures[0].height > gallery.pictures[0].width:
+        kind += " tall"
     return f'<figure class="{kind}">\n<div>\n{pictures}\n</div>\n{caption}</figure>'
 
 
@@ -207,7 +275,7 @@ def _table(table: Table) -> str:
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{escape(table.caption)}"><table>\n'
-        f"<caption>{escape(table.caption)}</caption>\n<thead><tr>{header}</tr></thead>\n"
+        f"<caption><span>{escape(table.caption)}</span></caption>\n<thead><tr>{header}</tr></thead>\n"
         f"<tbody>\n{rows}\n</tbody></table></div>{note}"
     )
 
@@ -218,75 +286,3 @@ def _check(check: Check) -> str:
         f'<li class="{kind}"><span aria-hidden="true">{mark}</span> {escape(check.name)}: '
         f"{escape(check.detail)} <strong>({kind})</strong></li>"
     )
-
-
-_STYLE = """
-:root {
-  --ink: #1d1f21; --soft: #5a6067; --line: #d9dcdf; --ground: #fdfcfa; --panel: #f3f1ec; --accent: #0b5c8a;
-  --good: #23683a; --bad: #a3261d;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e6e4df; --soft: #a4a8ac; --line: #3a3f45; --ground: #15171a; --panel: #1f2226; --accent: #7cc0ea;
-    --good: #7fcf97; --bad: #f0938b;
-  }
-}
-* { box-sizing: border-box; }
-html { font-size: 106.25%; -webkit-text-size-adjust: 100%; }
-body {
-  margin: 0; padding: 0 1.1rem 3rem; background: var(--ground); color: var(--ink);
-  font-family: Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif; line-height: 1.55;
-}
-main, footer { max-width: 56rem; margin-inline: auto; }
-h1, h2, h3 { line-height: 1.2; text-wrap: balance; max-width: 44rem; }
-h1 { font-size: clamp(1.8rem, 5vw, 2.6rem); margin: 2.6rem 0 0.8rem; letter-spacing: -0.01em; }
-h2 { font-size: 1.45rem; margin: 2.6rem 0 0.6rem; }
-h3 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
-p, .checks { max-width: 44rem; margin: 0 0 1rem; }
-.lead { font-size: 1.15rem; color: var(--soft); }
-a { color: var(--accent); text-underline-offset: 0.15em; }
-a:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--accent); outline-offset: 3px; }
-.skip { position: absolute; left: -100vw; }
-.skip:focus { left: 1rem; top: 0.5rem; background: var(--ground); padding: 0.3rem 0.6rem; }
-code, pre { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-code { font-size: 0.88em; }
-pre { background: var(--panel); padding: 0.8rem 1rem; border-radius: 6px; overflow-x: auto; max-width: 44rem; }
-pre code { font-size: 0.85rem; }
-sub { line-height: 0; }
-.equation { display: block; text-align: center; font-size: 1.1rem; margin: 1.2rem 0; overflow-wrap: anywhere; }
-figure { margin: 0; }
-figure.gallery, figure.single { margin: 1.4rem 0 1.8rem; }
-figure.gallery > div { display: grid; gap: 1rem; }
-figure.gallery > div { grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); }
-figure.gallery.of-4 > div { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-figure.single > div { max-width: 44rem; }
-img { display: block; width: 100%; height: auto; border-radius: 4px; }
-figcaption { font-size: 0.86rem; color: var(--soft); margin-top: 0.4rem; line-height: 1.4; }
-.wide { overflow-x: auto; margin: 1.4rem 0 0.5rem; }
-table { border-collapse: collapse; font-size: 0.9rem; min-width: 100%; }
-caption { text-align: left; font-weight: bold; padding-bottom: 0.5rem; }
-th, td { text-align: left; padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; }
-tbody th { font-weight: normal; white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; }
-th, td { padding-right: 1.1rem; }
-th:last-child, td:last-child { padding-right: 0; }
-.note { font-size: 0.86rem; color: var(--soft); }
-.checks { list-style: none; padding: 0.8rem 1rem; background: var(--panel); border-radius: 6px; font-size: 0.92rem; }
-.checks .passed span, .checks .passed strong { color: var(--good); }
-.checks .failed span, .checks .failed strong { color: var(--bad); }
-nav ul, footer ul { padding-left: 1.2rem; margin: 0.4rem 0 0; }
-footer { color: var(--soft); font-size: 0.9rem; }
-footer h2 { font-size: 1.05rem; color: var(--ink); margin-top: 2rem; }
-footer li { overflow-wrap: anywhere; max-width: 44rem; }
-@media print {
-  html { font-size: 10.5pt; }
-  body { background: none; padding: 0; }
-  nav, .skip { display: none; }
-  figure, table, pre, .checks { break-inside: avoid; }
-  h1, h2, h3 { break-after: avoid; }
-  figure.gallery > div { grid-template-columns: repeat(3, 1fr); }
-  figure.gallery.of-2 > div, figure.gallery.of-4 > div { grid-template-columns: repeat(2, 1fr); }
-}
-"""

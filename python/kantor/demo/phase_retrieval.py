@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kantor.demo.page import Check, Gallery, Picture, Section, StationReport, Table
+from kantor.demo.page import Check, Finding, Gallery, Picture, Section, StationReport, Table, times
 from kantor.demo.pictures import Album, load_photographs, shrink
 from kantor.optim import OptimizeResult, minimize
 
@@ -166,6 +166,11 @@ def run(folder: Path, size: Literal["small", "full"] = "full") -> StationReport:
         checks=checks,
         seconds=time.perf_counter() - started,
         credits=_CREDITS,
+        finding=Finding(
+            f"{side * side:,} pixels from {6 * side * side:,} intensities: smooth, with saddles and a maximum at zero.",
+            "SciPy's trust-krylov and torch's L-BFGS, through the same function.",
+            f"{_others(results)}{'; of the three only Kantor leaves the maximum' if left else ''}.",
+        ),
     )
 
 
@@ -190,6 +195,13 @@ def _table(m: Measurements, results: list[tuple[str, OptimizeResult]], side: int
         note=f"To a gradient norm of {TOL:g}, float64, {torch.get_num_threads()} CPU thread(s). Work counts gradients, "
         "and two for a product of the Hessian with a vector. Errors are relative, up to the sign that intensities "
         "lose.",
+    )
+
+
+def _others(results: list[tuple[str, OptimizeResult]]) -> str:
+    """What the others' work is in multiples of Kantor's, which comes first."""
+    return ", ".join(
+        f"{name} does {times(_work(result) / _work(results[0][1]))} times Kantor's work" for name, result in results[1:]
     )
 
 

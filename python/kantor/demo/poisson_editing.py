@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from kantor.demo.page import Check, Gallery, Picture, Section, StationReport, Table
+from kantor.demo.page import Check, Finding, Gallery, Picture, Section, StationReport, Table, between
 from kantor.demo.pictures import Album, damage_mask, draw_mask, load_photographs, place, tint
 from kantor.demo.poisson_system import insert, region_system, right_hand_side, tileable
 from kantor.linalg import Stencil, cg, ic0
@@ -37,6 +37,7 @@ class Comparison:
     row: tuple[str, ...]
     difference: float
     converged: bool
+    ratio: float  # of SciPy's time to Kantor's
 
 
 def solve_and_compare(name: str, A: LinearOperator, b: torch.Tensor) -> tuple[torch.Tensor, Comparison]:
@@ -86,6 +87,7 @@ def solve_and_compare(name: str, A: LinearOperator, b: torch.Tensor) -> tuple[to
         row=row,
         difference=max(float(np.abs(x - expected).max()) for x in solutions),
         converged=scipy_converged and plain.converged and preconditioned.converged,
+        ratio=scipy_seconds / seconds,
     )
 
 
@@ -328,7 +330,7 @@ def _convergence(album: Album, A: CSR, b: torch.Tensor, caption: str) -> Picture
     plain = cg(A, b, rtol=RTOL).history
     preconditioned = cg(A, b, M=ic0(A), rtol=RTOL).history
     for version, ink, ground, colours in (
-        ("light", "#1d1f21", "#fdfcfa", ("#8a8f95", "#0b5c8a", "#b3541e")),
+        ("light", "#1d1f21", "#fdfcfa", ("#6b7075", "#0b5c8a", "#b3541e")),
         ("dark", "#e6e4df", "#15171a", ("#8f959b", "#7cc0ea", "#f0a56b")),
     ):
         style: dict[Any, Any] = {"figure.facecolor": ground, "axes.facecolor": ground}
@@ -408,4 +410,9 @@ def run(folder: Path, size: Literal["small", "full"] = "full") -> StationReport:
         checks=checks,
         seconds=time.perf_counter() - start,
         credits=_CREDITS,
+        finding=Finding(
+            f"Four sparse systems with an unknown a pixel, {', '.join(c.row[1] for c in comparisons)} unknowns.",
+            "SciPy's conjugate gradients on the same matrices, to the same residual.",
+            f"SciPy takes {between(c.ratio for c in comparisons)} times as long as Kantor.",
+        ),
     )

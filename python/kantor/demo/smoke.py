@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kantor.demo.page import Check, Gallery, Picture, Section, StationReport, Table
+from kantor.demo.page import Check, Finding, Gallery, Picture, Section, StationReport, Table
 from kantor.demo.pictures import Album
 from kantor.demo.smoke_flow import RADIUS, Flow
 from kantor.linalg import Multigrid, PoissonGrid, cg, ic0
@@ -276,6 +276,16 @@ def run(folder: Path, size: Literal["small", "full"] = "full") -> StationReport:
         checks=checks,
         seconds=time.perf_counter() - started,
         credits=_CREDITS,
+        finding=_finding(film, table),
+    )
+
+
+def _finding(film: Film, table: Table) -> Finding:
+    ratios = [f"{row[0]} {row[-1]}" for row in table.rows[1:]]
+    return Finding(
+        f"{film.unknowns:,} unknowns a step, another matrix in every step.",
+        ", ".join(row[0] for row in table.rows[1:]) + ".",
+        f"A step in multiples of multigrid's time: {', '.join(ratios)}.",
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from linalg.problems import Problem
-from linalg.solvers import Goal, Peer, Plan, Run, Solution
-from linalg.torch_loops import torch_csr, torch_slices
+from kantor.bench.linalg.problems import Problem
+from kantor.bench.linalg.solvers import Goal, Peer, Plan, Run, Solution
+from kantor.bench.linalg.torch_loops import torch_csr, torch_slices
 
 UNATTAINABLE = 1e-30  # a tolerance that keeps a stopping test in the loop without ever meeting it
 
@@ -122,14 +122,16 @@ def _petsc(problem: Problem) -> Plan:
 
 
 def _lineax(problem: Problem, tested: bool) -> Plan:
-    """With `tested`, lineax's stopping test is in the loop, as in every solve to a tolerance: norms of the residual and
-    of the step, two more passes an iteration. Without it, a fixed number of iterations that look at nothing.
+    """With `tested`, lineax's stopping test is in the loop, as in every solve to a tolerance.
+
+    It takes norms of the residual and of the step, two more passes an iteration. Without it a fixed number of
+    iterations is made, which look at nothing.
     """
     import jax
 
-    jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
+    jax.config.update("jax_enable_x64", True)
     if not problem.b.is_cuda:
-        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+        jax.config.update("jax_platforms", "cpu")
     elif jax.default_backend() != "gpu":
         raise RuntimeError("_lineax: this jax sees no GPU")
     import jax.numpy as jnp
@@ -178,7 +180,7 @@ def _lineax(problem: Problem, tested: bool) -> Plan:
         program = compiled(goal)
 
         def run() -> Solution:
-            x, steps = jax.block_until_ready(program(b))  # type: ignore[no-untyped-call]
+            x, steps = jax.block_until_ready(program(b))
             return Solution(from_dlpack(x).reshape(-1), int(steps))
 
         return run

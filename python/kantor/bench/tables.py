@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import TextIO
 
 
 @dataclass
@@ -43,17 +44,18 @@ class Table:
         body = [rule if row is None else line(row) for row in self.rows]
         return "\n".join([self.title, rule, line(self.columns), rule, *body, rule, *self.notes])
 
-    def print(self) -> None:
-        """Draw it on standard output, with rich when that is a terminal."""
-        if sys.stdout.isatty():
+    def print(self, file: TextIO | None = None) -> None:
+        """Draw it on standard output, or elsewhere, with rich when that is a terminal."""
+        file = sys.stdout if file is None else file
+        if file.isatty():
             try:
-                self._draw()
+                self._draw(file)
                 return
             except ImportError:
                 pass
-        print(self.text(), flush=True)
+        print(self.text(), file=file, flush=True)
 
-    def _draw(self) -> None:
+    def _draw(self, file: TextIO) -> None:
         import rich.box
         import rich.console
         import rich.table
@@ -67,7 +69,7 @@ class Table:
                 drawn.add_section()
             else:
                 drawn.add_row(*row)
-        console = rich.console.Console()
+        console = rich.console.Console(file=file)
         console.print(drawn)
         for note in self.notes:
             console.print(note, style="dim", markup=False)

@@ -1,9 +1,9 @@
 """Worker processes that hold one prepared solver each, so that a runner can interleave their repetitions.
 
-A worker is started as `python harness.py`; it reads one JSON command a line and answers each with one JSON line:
+A worker runs this file as a program; it reads one JSON command a line and answers each with one JSON line:
     {"do": "prepare", "spec": {...}}         ->  {"ok": true, ...}
     {"do": "measure", "goal": "iterations"}  ->  {"ok": true, "seconds": ..., ...}
-The environment names a module of bench/ that has `prepare(spec) -> (measure, facts)`, where measure(goal) returns a
+The environment names a module that has `prepare(spec) -> (measure, facts)`, where measure(goal) returns a
 dict of numbers, and fixes the threads before any library is loaded; idle threads sleep (OMP_WAIT_POLICY).
 """
 
@@ -25,8 +25,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import machine
 
 Measure = Callable[[str], dict[str, Any]]
 
@@ -58,6 +56,7 @@ class Worker:
         environment |= {
             "KANTOR_BENCH_MODULE": module,
             "KANTOR_BENCH_PROCESSORS": str(threads if pinned else 0),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # modules are found there as here
             "OMP_WAIT_POLICY": "PASSIVE",
             # Behind numpy: its threads spin between calls, which costs scipy's loop far more than two dots can gain.
             "OPENBLAS_NUM_THREADS": "1",
@@ -65,7 +64,7 @@ class Worker:
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [sys.executable, "-P", str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -80,6 +79,11 @@ class Worker:
     def measure(self, goal: str, timeout: float) -> dict[str, Any]:
         """One timed repetition."""
         return self._ask({"do": "measure", "goal": goal}, timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process can answer."""
+        return self._process.poll() is None
 
     def stop(self) -> None:
         """End the process and free its memory."""
@@ -117,6 +121,7 @@ class Worker:
                 left = deadline - time.monotonic()
                 if left <= 0 or not selector.select(left):
                     self._process.kill()
+                    self._process.wait()
                     raise WorkerError(f"no answer in {timeout:.0f} s")
                 received = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not received:
@@ -162,11 +167,6 @@ def _serve() -> None:
                 reply = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
             answers.write(json.dumps(reply) + "\n")
             answers.flush()
-
-
-def fits(bytes_each: list[int]) -> bool:
-    """Whether workers of these sizes can stay alive together in half of the free memory."""
-    return sum(bytes_each) < machine.memory_available() // 2
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "scipy", "pyamg", "jax", "lineax", "petsc4py", "cupy-cuda13x", "cupy-cuda12x")
+PACKAGES = (
+    "torch", "numpy", "scipy", "scikit-learn", "pyamg", "jax", "lineax", "POT", "ott-jax", "geomloss", "regot",
+    "faiss-cpu", "torch_geometric", "petsc4py", "cupy-cuda13x", "cupy-cuda12x",
+)  # fmt: skip
 
 
 def cpus() -> int:
@@ -50,6 +53,11 @@ def memory_available() -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return 8 << 30
+
+
+def fits(bytes_each: list[int]) -> bool:
+    """Whether workers of these sizes can stay alive together in half of the free memory."""
+    return sum(bytes_each) < memory_available() // 2
 
 
 def _status(field: str) -> float:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from linalg.problems import Problem
+from kantor.bench.linalg.problems import Problem
 
 
 @dataclass(frozen=True)

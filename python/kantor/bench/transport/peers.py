@@ -58,6 +58,7 @@ class Peer:
     prepare: Callable[[Problem], Solve]
     slows: bool = False
     exact: bool = False
+    configuration: str = ""
 
 
 # Kantor
@@ -88,6 +89,7 @@ def _pot(problem: Problem, function: str, backend: str, options: dict[str, Any])
     # way.
     C, a, b = (t if backend == "torch" else t.numpy() for t in (problem.C, problem.a, problem.b))
     call = getattr(ot.bregman, function)
+    set_blas_threads(torch.get_num_threads())
 
     def solve(threshold: float) -> Outcome:
         with warnings.catch_warnings():
@@ -108,6 +110,15 @@ def _pot_emd(problem: Problem) -> Solve:
         return Outcome(ot.emd(a, b, C, numItermax=ENDLESS), 0)
 
     return solve
+
+
+def set_blas_threads(threads: int) -> None:
+    """The harness gives OpenBLAS one thread; here products of a matrix and a vector are what NumPy's peers do."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return
+    threadpool_limits(threads, "blas")
 
 
 # regot: C++ throughout; it takes columns first, and would copy anything else
@@ -147,23 +158,31 @@ def _ott(problem: Problem, **options: Any) -> Solve:
     }
     chosen = over_relaxed.get(options.pop("acceleration", ""), {})
 
-    @functools.cache
-    def compiled(threshold: float) -> Any:
+    def run(threshold: Any, C: Any, a: Any, b: Any, reg: Any) -> tuple[Any, Any]:
         solver = Sinkhorn(threshold=threshold, max_iterations=ENDLESS // 10, inner_iterations=10, **options, **chosen)
+        # Without the record of errors, one number each inner_iterations for as many as might be needed.
+        out = solver(LinearProblem(Geometry(C, epsilon=reg), a, b))
+        return out.matrix, out.n_iters
 
-        def run(C: Any, a: Any, b: Any, reg: Any) -> tuple[Any, Any]:
-            # Without the record of errors, one number each inner_iterations for as many as might be needed.
-            out = solver(LinearProblem(Geometry(C, epsilon=reg), a, b))
-            return out.matrix, out.n_iters
-
-        return jax.jit(run).lower(*arrays, problem.reg).compile()
+    compiled = jax.jit(run).lower(1e-9, *arrays, problem.reg).compile()
 
     def solve(threshold: float) -> Outcome:
-        plan, steps = compiled(threshold)(*arrays, problem.reg)
+        plan, steps = compiled(threshold, *arrays, problem.reg)
         return Outcome(np.asarray(plan), int(steps))
 
-    # Compilation, which the first call with a threshold would otherwise be charged for.
-    solve.compile = compiled  # type: ignore[attr-defined]
+    return solve
+
+
+# GeomLoss: no stopping test, a number of iterations, in which the regularisation falls to its value
+
+
+def _geomloss(problem: Problem, iterations: int) -> Solve:
+    from geomloss import ot
+
+    def solve(_: float) -> Outcome:
+        result = ot.solve(problem.C, reg=problem.reg, a=problem.a, b=problem.b, max_iter=iterations)
+        return Outcome(result.plan, iterations)
+
     return solve
 
 
@@ -171,8 +190,10 @@ def _ott(problem: Problem, **options: Any) -> Solve:
 
 
 def _torch(problem: Problem, relaxation: float) -> Solve:
-    """Log-domain Sinkhorn, the matrix divided by reg once, one temporary; both orders of it are kept, so that every
-    logsumexp runs along rows. After a column update the row error is what the next row update changes: no extra pass.
+    """Log-domain Sinkhorn, the matrix divided by reg once, with one temporary.
+
+    Both orders of the matrix are kept, so that every logsumexp runs along rows. After a column update the row error is
+    what the next row update changes: no extra pass.
     """
     K, KT = problem.C / -problem.reg, (problem.C.T / -problem.reg).contiguous()
     a, log_a, log_b = problem.a, problem.a.log(), problem.b.log()
@@ -193,11 +214,20 @@ def _torch(problem: Problem, relaxation: float) -> Solve:
     return solve
 
 
+def _words(args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """A configuration as its function and options, without limits that are never met."""
+    plain = [str(arg) for arg in args if not isinstance(arg, dict)]
+    named = [item for part in (*args, options) if isinstance(part, dict) for item in part.items()]
+    return ", ".join(plain + [f"{name}={value}" for name, value in named if value != ENDLESS])
+
+
 def _peers() -> list[Peer]:
     def peer(name: str, step: str, prepare: Callable[..., Solve], *args: Any, **options: Any) -> Peer:
         slows, exact = options.pop("slows", False), options.pop("exact", False)
         bound = functools.partial(prepare, **options) if options else prepare
-        return Peer(name, name.split("-")[0], step, lambda problem: bound(problem, *args), slows, exact)
+        return Peer(
+            name, name.split("-")[0], step, lambda problem: bound(problem, *args), slows, exact, _words(args, options)
+        )
 
     sweeps: dict[str, Any] = {"slows": True}
     many = {"numItermax": ENDLESS}
@@ -223,6 +253,7 @@ def _peers() -> list[Peer]:
         peer("ott-log-1.5", "sweeps", _ott, acceleration="fixed", **sweeps),
         peer("ott-log-anderson", "sweeps", _ott, acceleration="anderson", **sweeps),
         peer("ott-kernel-adaptive", "sweeps", _ott, lse_mode=False, acceleration="adaptive", **sweeps),
+        peer("geomloss", "sweeps", _geomloss, iterations=100),
         peer("torch-log", "sweeps", _torch, 1.0, **sweeps),
         peer("torch-log-1.5", "sweeps", _torch, 1.5, **sweeps),
         peer("exact-pot", "", _pot_emd, exact=True),

@@ -1,5 +1,7 @@
-"""Conjugate gradients in plain torch: every update in place, every product into a workspace, four vector operations an
-iteration beside the product. `host_loop` keeps its scalars in Python, `device_loop` on the GPU.
+"""Conjugate gradients in plain torch: every update in place, every product into a workspace.
+
+An iteration is four vector operations beside the product. `host_loop` keeps its scalars in Python, `device_loop` on the
+GPU.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from typing import Any
 
 import torch
 
-from linalg.problems import Problem, poisson_slices
-from linalg.solvers import Goal, Plan, Solution
+from kantor.bench.linalg.problems import Problem, poisson_slices
+from kantor.bench.linalg.solvers import Goal, Plan, Solution
 
 CHECK_EVERY = 16  # iterations between two looks at the residual of a loop that must not wait for the GPU
 

@@ -1,0 +1,1 @@
+"""What `kantor bench` compares: a module a case, each with `TITLE`, `PEERS`, `problems`, `make` and `judge`."""

@@ -1,0 +1,1 @@
+"""Entropic transport: the solvers that `kantor.bench.cases.transport` and bench/transport time."""
