@@ -21,11 +21,23 @@ using Operands = std::vector<Tensor>;
 using Layout = std::vector<int64_t>;
 using Scales = std::vector<double>;
 
+// `all_reduce(count)` sums the first `count` numbers of `sums` over the ranks (python/kantor/_ranks.py: RankSums); None
+// for one process.
+AllReduce read_all_reduce(const std::optional<Tensor>& sums, const py::object& all_reduce, const Tensor& like) {
+  if (all_reduce.is_none()) return {};
+  require(sums.has_value(), "all_reduce: expected the tensor of sums");
+  require_same_device(*sums, like, "all_reduce: sums and vector");
+  require(sums->size() >= 4 * like.shape[0] + rank_wishes, "all_reduce: expected 4 sums a system and 2 more");
+  return {elements<double>(*sums, "sums").data(),
+          [&all_reduce](int64_t count) { call_back([&] { all_reduce(count); }); }};
+}
+
 void bind_cg(const Operands& operands, const Layout& layout, const Scales& scales, const Operands& m_operands,
              const Layout& m_layout, const Scales& m_scales, const Tensor& b, const Tensor& x, const Operands& vectors,
              bool zero_start, const Tensor& info, const Tensor& history, const Tensor& workspace,
              const std::optional<Tensor>& projections, double rtol, double atol, int64_t max_iterations,
-             const py::object& apply, const py::object& precondition, const py::object& user_monitor, int threads) {
+             const py::object& apply, const py::object& precondition, const py::object& user_monitor,
+             const std::optional<Tensor>& sums, const py::object& all_reduce, int threads) {
   require(b.ndim == 2 && vectors.size() == 4, "cg: b must be (batch, n), vectors must be r, p, q, z");
   const OperatorArgs a_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
   const ApplyCallback apply_callback = [&apply](bool to_x) { call_back([&] { apply(to_x); }); };
@@ -60,16 +72,17 @@ void bind_cg(const Operands& operands, const Layout& layout, const Scales& scale
                             v.batch ? history.size() / v.batch : 2,
                             !user_monitor.is_none()};
     const Exec exec = exec_for(b, threads);
-    const CgMonitor monitor = PythonMonitor(user_monitor);
+    const CgMonitor monitor = PythonMonitor(user_monitor, all_reduce);
+    const AllReduce ranks = read_all_reduce(sums, all_reduce, b);
     py::gil_scoped_release nogil;
     for (const Tensor& t : vectors)
       if (!t.on_cuda()) advise_huge_pages(t.data, t.size() * sizeof(T));
     try {
       if constexpr (cuda_code_built)
         if (use_cuda_code(b))
-          return cg_cuda(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
+          return cg_cuda(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor, ranks);
       (void)use_cuda_code(b);
-      cg_cpu(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor);
+      cg_cpu(exec, layout.empty() ? nullptr : &A, apply_callback, M, v, options, monitor, ranks);
     } catch (const CgInterrupted&) {
       py::gil_scoped_acquire gil;
       PyErr_SetNone(PyExc_KeyboardInterrupt);
@@ -115,7 +128,8 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
                        const Layout& m_layout, const Scales& m_scales, const Tensor& g, const Operands& vectors,
                        const Tensor& states, const Tensor& arrays, const Tensor& workspace,
                        const std::optional<Tensor>& projections, int rule, int64_t check_every, bool resume,
-                       const py::object& product, const py::object& z, const py::object& precondition, int threads) {
+                       const py::object& product, const py::object& z, const py::object& precondition,
+                       const std::optional<Tensor>& sums, const py::object& all_reduce, int threads) {
   require(g.ndim == 2 && vectors.size() == 7, "capped_cg: g must be (batch, n), vectors must be y, Hy, r, p, Hp, z, q");
   const OperatorArgs h_args{operands, layout, scales}, m_args{m_operands, m_layout, m_scales};
   const Callback precondition_callback = [&precondition] { call_back([&] { precondition(); }); };
@@ -141,18 +155,19 @@ int64_t bind_capped_cg(const Operands& operands, const Layout& layout, const Sca
     const CappedOptions options{static_cast<CappedRule>(rule), v.batch ? arrays.size() / (4 * v.batch) : 0,
                                 !std::holds_alternative<std::monostate>(M)};
     const Exec exec = exec_for(g, threads);
-    const CgMonitor monitor = PythonMonitor(py::none());
+    const CgMonitor monitor = PythonMonitor(py::none(), all_reduce);
+    const AllReduce ranks = read_all_reduce(sums, all_reduce, g);
     PythonProduct<T> call(product, z, vectors[5]);
     const ProductCallback<T> product_callback = std::ref(call);
     {
       py::gil_scoped_release nogil;
       if constexpr (cuda_code_built)
         if (use_cuda_code(g)) {
-          capped_cg_cuda(exec, layout.empty() ? nullptr : &H, product_callback, M, v, options, resume, monitor);
+          capped_cg_cuda(exec, layout.empty() ? nullptr : &H, product_callback, M, v, options, resume, monitor, ranks);
           return call.calls;
         }
       (void)use_cuda_code(g);
-      capped_cg_cpu(exec, layout.empty() ? nullptr : &H, product_callback, M, v, options, resume, monitor);
+      capped_cg_cpu(exec, layout.empty() ? nullptr : &H, product_callback, M, v, options, resume, monitor, ranks);
     }
     return call.calls;
   });

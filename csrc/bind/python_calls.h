@@ -10,10 +10,11 @@
 namespace kantor {
 
 // Between iterations: every 10 ms let Python handle signals; at every iteration call the user's monitor, when there is
-// one.
+// one. `ranks`, None for one process, defers Ctrl-C to its attribute `interrupted`.
 class PythonMonitor {
  public:
-  explicit PythonMonitor(pybind11::object user) : user_(std::move(user)) {}
+  explicit PythonMonitor(pybind11::object user, pybind11::object ranks = pybind11::none())
+      : user_(std::move(user)), ranks_(std::move(ranks)) {}
   CgStatus operator()(int64_t iteration, double residual_norm) {
     const auto now = std::chrono::steady_clock::now();
     if (user_.is_none() && now - last_ < std::chrono::milliseconds(10)) return CgStatus::running;
@@ -24,6 +25,7 @@ class PythonMonitor {
       PyErr_Clear();
       return CgStatus::interrupted;
     }
+    if (!ranks_.is_none() && ranks_.attr("interrupted").cast<bool>()) return CgStatus::interrupted;
     try {
       if (!user_.is_none() && user_(iteration, residual_norm).cast<bool>()) return CgStatus::stopped;
     } catch (const pybind11::error_already_set& error) {
@@ -34,7 +36,7 @@ class PythonMonitor {
   }
 
  private:
-  pybind11::object user_;
+  pybind11::object user_, ranks_;
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 

@@ -196,8 +196,7 @@ void capped_conjugate_gradients(Space& space, bool resume, const CgMonitor& moni
       if (!space.any_running(iteration)) break;
       space.precondition();  // z = M r, r.z, z.z                                   -> beta
       space.direction();     // q = H z, p = -z + beta p, Hp = -q + beta Hp         -> tests 1 to 4, alpha
-      const CgStatus status = monitor(++iteration, 0);
-      if (status != CgStatus::running) space.finish_running(CappedStatus::interrupted);
+      space.watch(++iteration, monitor);
     }
   } catch (const CgInterrupted&) { space.finish_running(CappedStatus::interrupted); }
 }
@@ -224,15 +223,15 @@ struct CappedVectors {
 template <class T>
 using ProductCallback = std::function<const T*()>;
 
-// A null operator means the callback.
+// A null operator means the callback. With `all_reduce` as in cg.h.
 template <class T>
 void capped_cg_cpu(const Exec& exec, const Operator<T>* H, const ProductCallback<T>& product,
                    const Preconditioner<T>& M, const CappedVectors<T>& v, const CappedOptions& options, bool resume,
-                   const CgMonitor& monitor);
+                   const CgMonitor& monitor, const AllReduce& all_reduce = {});
 template <class T>
 void capped_cg_cuda(const Exec& exec, const Operator<T>* H, const ProductCallback<T>& product,
                     const Preconditioner<T>& M, const CappedVectors<T>& v, const CappedOptions& options, bool resume,
-                    const CgMonitor& monitor);
+                    const CgMonitor& monitor, const AllReduce& all_reduce = {});
 int64_t capped_workspace_bytes(int64_t batch);
 
 }  // namespace kantor

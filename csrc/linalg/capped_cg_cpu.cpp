@@ -15,8 +15,9 @@ template <class T>
 class CappedCpuSpace {
  public:
   CappedCpuSpace(Team& team, const Operator<T>* H, const ProductCallback<T>& product, const Preconditioner<T>& M,
-                 const CappedVectors<T>& v, const CappedOptions& options)
+                 const CappedVectors<T>& v, const CappedOptions& options, const AllReduce& all_reduce)
       : passes_(team, H ? chunks_of(*H) : Chunks{v.n}, v.batch, 4),
+        totals_(all_reduce, v.batch, 4),
         H_(H),
         product_(product),
         M_(M),
@@ -36,7 +37,8 @@ class CappedCpuSpace {
                          std::copy_n(v_.g + at, rows.size(), v_.r + at);
                          passes_.sum(0, k, chunk) += dot(rows.size(), v_.g + at, v_.g + at);
                        });
-    for (int64_t k = 0; k < v_.batch; ++k) capped_start(v_.states[k], passes_.total(0, k));
+    reduce(1);
+    for (int64_t k = 0; k < v_.batch; ++k) capped_start(v_.states[k], totals_(0, k));
   }
 
   void precondition() {
@@ -51,8 +53,8 @@ class CappedCpuSpace {
           passes_.sum(0, k, chunk) += dot(rows.size(), v_.r + at, v_.z + at);
           passes_.sum(1, k, chunk) += dot(rows.size(), v_.z + at, v_.z + at);
         });
-    for (int64_t k = 0; k < v_.batch; ++k)
-      capped_after_precondition(v_.states[k], passes_.total(0, k), passes_.total(1, k));
+    reduce(2);
+    for (int64_t k = 0; k < v_.batch; ++k) capped_after_precondition(v_.states[k], totals_(0, k), totals_(1, k));
   }
 
   void direction() {
@@ -66,8 +68,8 @@ class CappedCpuSpace {
       return advance_with_product(rows.size(), static_cast<T>(s.beta), v_.z + at, q, v_.p + at, v_.Hp + at);
     });
     for (int64_t k = 0; k < v_.batch; ++k)
-      capped_after_direction(v_.states[k], options_, v_.arrays_of(k, options_.capacity), passes_.total(0, k),
-                             passes_.total(1, k), passes_.total(2, k), passes_.total(3, k));
+      capped_after_direction(v_.states[k], options_, v_.arrays_of(k, options_.capacity), totals_(0, k), totals_(1, k),
+                             totals_(2, k), totals_(3, k));
   }
 
   void update() {
@@ -77,8 +79,12 @@ class CappedCpuSpace {
                                  v_.Hp + at, v_.y + at, v_.Hy + at, v_.r + at);
     });
     for (int64_t k = 0; k < v_.batch; ++k)
-      capped_after_update(v_.states[k], options_, passes_.total(0, k), passes_.total(1, k), passes_.total(2, k),
-                          passes_.total(3, k));
+      capped_after_update(v_.states[k], options_, totals_(0, k), totals_(1, k), totals_(2, k), totals_(3, k));
+  }
+
+  void watch(int64_t iteration, const CgMonitor& monitor) {
+    const CgStatus status = monitor(iteration, 0);
+    if (status != CgStatus::running && !totals_.postpone(status)) finish_running(CappedStatus::interrupted);
   }
 
   void finish_running(CappedStatus status) {
@@ -87,6 +93,12 @@ class CappedCpuSpace {
   }
 
  private:
+  // The reduction point behind a pass: the first `count` sums of every system, over all ranks.
+  void reduce(int count) {
+    totals_.read(passes_, count);
+    if (totals_.share(count) != CgStatus::running) finish_running(CappedStatus::interrupted);
+  }
+
   // Four sums from every block of the systems that run.
   template <class Body>
   void pass(Body&& body) {
@@ -95,9 +107,11 @@ class CappedCpuSpace {
                          const FourSums sums = body(v_.states[k], k, rows);
                          for (int which = 0; which < 4; ++which) passes_.sum(which, k, chunk) += sums[which];
                        });
+    reduce(4);
   }
 
   BlockPasses passes_;  // with four partial sums a chunk and system
+  Totals totals_;
   const Operator<T>* H_;
   const ProductCallback<T>& product_;
   const Preconditioner<T>& M_;
@@ -110,17 +124,18 @@ class CappedCpuSpace {
 template <class T>
 void capped_cg_cpu(const Exec& exec, const Operator<T>* H, const ProductCallback<T>& product,
                    const Preconditioner<T>& M, const CappedVectors<T>& v, const CappedOptions& options, bool resume,
-                   const CgMonitor& monitor) {
-  const bool calls_back = !H || std::holds_alternative<Callback>(M);
+                   const CgMonitor& monitor, const AllReduce& all_reduce) {
+  const bool calls_back = !H || std::holds_alternative<Callback>(M) || all_reduce;
   Team::run(threads_for(exec.threads, H ? work_of(*H, v.batch) : v.n * v.batch), !calls_back, [&](Team& team) {
-    CappedCpuSpace<T> space(team, H, product, M, v, options);
+    CappedCpuSpace<T> space(team, H, product, M, v, options, all_reduce);
     capped_conjugate_gradients(space, resume, monitor);
   });
 }
 
 #define KANTOR_INSTANTIATE(T)                                                                                       \
   template void capped_cg_cpu(const Exec&, const Operator<T>*, const ProductCallback<T>&, const Preconditioner<T>&, \
-                              const CappedVectors<T>&, const CappedOptions&, bool, const CgMonitor&);
+                              const CappedVectors<T>&, const CappedOptions&, bool, const CgMonitor&,                \
+                              const AllReduce&);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
 #undef KANTOR_INSTANTIATE

@@ -17,6 +17,44 @@ struct CappedShared {
   CappedVectors<T> v;
   CappedOptions options;
   Reduction reduction;
+  double* rank_sums;  // null where this process is alone
+};
+
+struct AfterStart {
+  static constexpr int count = 1;
+  template <class Shared>
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    capped_start(shared.v.states[k], total[0]);
+    if (!shared.options.preconditioned) capped_after_precondition(shared.v.states[k], total[0], total[0]);
+  }
+};
+
+struct AfterPrecondition {
+  static constexpr int count = 2;
+  template <class Shared>
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    capped_after_precondition(shared.v.states[k], total[0], total[1]);
+  }
+};
+
+struct AfterDirection {
+  static constexpr int count = 4;
+  template <class Shared>
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    capped_after_direction(shared.v.states[k], shared.options, shared.v.arrays_of(k, shared.options.capacity), total[0],
+                           total[1], total[2], total[3]);
+  }
+};
+
+struct AfterUpdate {
+  static constexpr int count = 4;
+  template <class Shared>
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    CappedState& s = shared.v.states[k];
+    if (!s.running()) return;
+    capped_after_update(s, shared.options, total[0], total[1], total[2], total[3]);
+    if (!shared.options.preconditioned) capped_after_precondition(s, total[0], total[0]);
+  }
 };
 
 template <class T>
@@ -30,10 +68,7 @@ __global__ void capped_start_kernel(CappedShared<T> shared) {
     v.r[at] = v.g[at];
     sums[0] += double(v.g[at]) * double(v.g[at]);
   });
-  reduce(shared.reduction, k, sums, [&](double (&total)[1]) {
-    capped_start(v.states[k], total[0]);
-    if (!shared.options.preconditioned) capped_after_precondition(v.states[k], total[0], total[0]);
-  });
+  reduce(shared.reduction, k, sums, [&](double (&total)[1]) { conclude<AfterStart>(shared, k, total); });
 }
 
 // z = d r for a diagonal preconditioner; r.z and z.z for any.
@@ -50,8 +85,7 @@ __global__ void capped_precondition_kernel(CappedShared<T> shared, const T* d) {
     sums[0] += double(v.r[at]) * z;
     sums[1] += z * z;
   });
-  reduce(shared.reduction, k, sums,
-         [&](double (&total)[2]) { capped_after_precondition(v.states[k], total[0], total[1]); });
+  reduce(shared.reduction, k, sums, [&](double (&total)[2]) { conclude<AfterPrecondition>(shared, k, total); });
 }
 
 template <class T>
@@ -73,10 +107,7 @@ __global__ void capped_direction_kernel(CappedShared<T> shared, const T* q) {
     sums[2] += double(Hp) * double(Hp);
     sums[3] += double(Hz) * double(Hz);
   });
-  reduce(shared.reduction, k, sums, [&](double (&total)[4]) {
-    capped_after_direction(v.states[k], shared.options, v.arrays_of(k, shared.options.capacity), total[0], total[1],
-                           total[2], total[3]);
-  });
+  reduce(shared.reduction, k, sums, [&](double (&total)[4]) { conclude<AfterDirection>(shared, k, total); });
 }
 
 template <class T>
@@ -98,22 +129,18 @@ __global__ void capped_update_kernel(CappedShared<T> shared) {
     sums[2] += double(y) * double(Hy);
     sums[3] += double(Hy) * double(Hy);
   });
-  reduce(shared.reduction, k, sums, [&](double (&total)[4]) {
-    CappedState& s = v.states[k];
-    capped_after_update(s, shared.options, total[0], total[1], total[2], total[3]);
-    if (!shared.options.preconditioned) capped_after_precondition(s, total[0], total[0]);
-  });
+  reduce(shared.reduction, k, sums, [&](double (&total)[4]) { conclude<AfterUpdate>(shared, k, total); });
 }
 
 template <class T>
 class CappedCudaSpace {
  public:
   CappedCudaSpace(const Exec& exec, const Operator<T>* H, const ProductCallback<T>& product, const Preconditioner<T>& M,
-                  const CappedVectors<T>& v, const CappedOptions& options)
-      : exec_(exec), H_(H), product_(product), M_(M), host_(static_cast<size_t>(v.batch)) {
+                  const CappedVectors<T>& v, const CappedOptions& options, const AllReduce& all_reduce)
+      : exec_(exec), H_(H), product_(product), M_(M), all_reduce_(all_reduce), host_(static_cast<size_t>(v.batch)) {
     blocks_ = std::max(1u, blocks_per_vector(exec, v.n, v.batch));
     grid_ = dim3(blocks_, static_cast<unsigned>(v.batch));
-    shared_ = {v, options, make_reduction(v.workspace, v.batch, exec.stream)};
+    shared_ = {v, options, make_reduction(v.workspace, v.batch, exec.stream), all_reduce ? all_reduce.sums : nullptr};
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) levels_ = host_levels(exec, *factor);
   }
 
@@ -126,7 +153,10 @@ class CappedCudaSpace {
     return running_ = look();
   }
 
-  void start() { SIMT_LAUNCH(capped_start_kernel<T>, grid_, threads_per_block, 0, exec_.stream, shared_); }
+  void start() {
+    SIMT_LAUNCH(capped_start_kernel<T>, grid_, threads_per_block, 0, exec_.stream, shared_);
+    share_totals<AfterStart>(exec_, all_reduce_, shared_);
+  }
 
   void precondition() {
     const CappedVectors<T>& v = shared_.v;
@@ -144,6 +174,7 @@ class CappedCudaSpace {
       launch_apply(exec_, std::get<Operator<T>>(M_), v.batch, blocks_, v.r, v.z, AcceptRunning<CappedState>{v.states},
                    ConsumeNothing{});
     SIMT_LAUNCH(capped_precondition_kernel<T>, grid_, threads_per_block, 0, exec_.stream, shared_, d);
+    share_totals<AfterPrecondition>(exec_, all_reduce_, shared_);
   }
 
   void direction() {
@@ -154,9 +185,24 @@ class CappedCudaSpace {
     else
       q = product_();
     SIMT_LAUNCH(capped_direction_kernel<T>, grid_, threads_per_block, 0, exec_.stream, shared_, q);
+    share_totals<AfterDirection>(exec_, all_reduce_, shared_);
   }
 
-  void update() { SIMT_LAUNCH(capped_update_kernel<T>, grid_, threads_per_block, 0, exec_.stream, shared_); }
+  void update() {
+    SIMT_LAUNCH(capped_update_kernel<T>, grid_, threads_per_block, 0, exec_.stream, shared_);
+    share_totals<AfterUpdate>(exec_, all_reduce_, shared_);
+  }
+
+  // Ranks can agree on an end only where all look.
+  void watch(int64_t iteration, const CgMonitor& monitor) {
+    CgStatus status = monitor(iteration, 0);
+    if (all_reduce_) {
+      if (status != CgStatus::running) wish_ = status;
+      if (iteration % shared_.v.check_every != 0) return;
+      status = wish_of_ranks(exec_, all_reduce_, wish_);
+    }
+    if (status != CgStatus::running) finish_running(CappedStatus::interrupted);
+  }
 
   void finish_running(CappedStatus status) {
     running_ = false;
@@ -176,12 +222,14 @@ class CappedCudaSpace {
   const Operator<T>* H_;
   const ProductCallback<T>& product_;
   const Preconditioner<T>& M_;
+  const AllReduce& all_reduce_;
   std::vector<CappedState> host_;  // the states as last read
   CappedShared<T> shared_{};
   unsigned blocks_ = 1;
   dim3 grid_;
   std::vector<int32_t> levels_;
   int64_t looked_at_ = -1;
+  CgStatus wish_ = CgStatus::running;
   bool running_ = true;
 };
 
@@ -192,16 +240,17 @@ int64_t capped_workspace_bytes(int64_t batch) { return reduction_bytes(4, batch)
 template <class T>
 void capped_cg_cuda(const Exec& exec, const Operator<T>* H, const ProductCallback<T>& product,
                     const Preconditioner<T>& M, const CappedVectors<T>& v, const CappedOptions& options, bool resume,
-                    const CgMonitor& monitor) {
+                    const CgMonitor& monitor, const AllReduce& all_reduce) {
   if (v.batch > 65535) throw std::invalid_argument("capped_cg: g: expected at most 65535 systems on a GPU; pass parts");
   const simt::DeviceGuard guard(exec.device);
-  CappedCudaSpace<T> space(exec, H, product, M, v, options);
+  CappedCudaSpace<T> space(exec, H, product, M, v, options, all_reduce);
   capped_conjugate_gradients(space, resume, monitor);
 }
 
 #define KANTOR_INSTANTIATE(T)                                                                                        \
   template void capped_cg_cuda(const Exec&, const Operator<T>*, const ProductCallback<T>&, const Preconditioner<T>&, \
-                               const CappedVectors<T>&, const CappedOptions&, bool, const CgMonitor&);
+                               const CappedVectors<T>&, const CappedOptions&, bool, const CgMonitor&,                \
+                               const AllReduce&);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
 #undef KANTOR_INSTANTIATE

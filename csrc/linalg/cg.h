@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "core/all_reduce.h"
 #include "core/exec.h"
 #include "core/hd.h"
 #include "linalg/operator.h"
@@ -65,8 +66,11 @@ KANTOR_HD void cg_record(CgState& s, const CgOptions& options, double* history) 
   }
 }
 
-// bb = b.b, b_max = max|b|, rr = r.r for the starting residual.
-KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double b_max, double rr, double* history) {
+// What matters of max |b|, and can be summed over ranks: 0 for zero, 1 for finite, else not finite.
+KANTOR_HD double cg_kind_of_size(double b_max) { return std::isfinite(b_max) ? double(b_max > 0) : b_max; }
+
+// bb = b.b, b_size = cg_kind_of_size(max |b|), rr = r.r for the starting residual.
+KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double b_size, double rr, double* history) {
   s = CgState{};
   s.history_stride = 1;
   s.rr = rr;
@@ -78,11 +82,11 @@ KANTOR_HD void cg_start(CgState& s, const CgOptions& options, double bb, double 
   // Outside this range squares, or the iterates in the storage type, under- or overflow: the caller rescales b.
   const bool single = options.epsilon > 1e-10;
   const bool representable = bb > (single ? 1e-40 : 1e-200) && bb < (single ? 1e60 : 1e280);
-  if (!std::isfinite(b_max) || std::isnan(bb))
+  if (!std::isfinite(b_size) || std::isnan(bb))
     s.finish(CgStatus::breakdown);
   else if (std::isfinite(rr) && options.atol * options.atol > 0 && rr <= options.atol * options.atol)
     s.finish(CgStatus::converged);  // however small b is
-  else if ((b_max > 0 && !representable) || !std::isfinite(rr))
+  else if ((b_size > 0 && !representable) || !std::isfinite(rr))
     s.finish(CgStatus::bad_scale);
   else if (rr <= s.target_squared)
     s.finish(CgStatus::converged);
@@ -207,13 +211,16 @@ struct CgVectors {
 // The product as a call back into Python: q = A x when `to_x`, else q = A p.
 using ApplyCallback = std::function<void(bool to_x)>;
 
-// A null operator means the callback.
+// A null operator means the callback. With `all_reduce` each rank has its rows of all vectors, and its own number of
+// them; `sums` there holds 4 batch + rank_wishes numbers.
 template <class T>
 void cg_cpu(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
-            const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor);
+            const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor,
+            const AllReduce& all_reduce = {});
 template <class T>
 void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
-             const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor);
+             const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor,
+             const AllReduce& all_reduce = {});
 int64_t cg_workspace_bytes(int64_t batch);
 
 }  // namespace kantor

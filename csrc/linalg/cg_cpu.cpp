@@ -21,8 +21,9 @@ template <class T>
 class CpuSpace {
  public:
   CpuSpace(Team& team, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
-           const CgVectors<T>& v, const CgOptions& options)
+           const CgVectors<T>& v, const CgOptions& options, const AllReduce& all_reduce)
       : passes_(team, A ? chunks_of(*A) : Chunks{v.n}, v.batch, 2),
+        totals_(all_reduce, v.batch, 3),
         A_(A),
         apply_(apply),
         M_(M),
@@ -31,7 +32,7 @@ class CpuSpace {
     halo_ = A ? halo_of(*A) : v.n;
     recompute_ = A && words_per_row(*A) <= 1;
     projects_ = A && projections_size(*A) > 0;
-    if (const auto* d = std::get_if<Diagonal<T>>(&M)) scaling_ = d->values;
+    if (const auto* d = std::get_if<Diagonal<T>>(&M)) scales_ = true, scaling_ = d->values;
   }
 
   bool any_running() const {
@@ -48,30 +49,41 @@ class CpuSpace {
                          largest = std::fmax(largest, max_abs(rows.size(), b));
                        });
     form_residual([](int64_t) { return true; });
+    totals_.read(passes_, 2);
     for (int64_t k = 0; k < v_.batch; ++k) {
       const auto first = b_max.begin() + k * passes_.chunks().count();
       double largest = 0;
       for (auto it = first; it != first + passes_.chunks().count(); ++it) largest = std::fmax(largest, *it);
-      cg_start(v_.states[k], options_, total(0, k), largest, total(1, k), history(k));
+      totals_(2, k) = cg_kind_of_size(largest);
     }
+    share(3);
+    for (int64_t k = 0; k < v_.batch; ++k)
+      cg_start(v_.states[k], options_, totals_(0, k), totals_(2, k), totals_(1, k), history(k));
   }
 
   void precondition() {
     const auto running_systems = [this](int64_t k) { return running(k); };
-    const bool identity = std::holds_alternative<std::monostate>(M_);
-    if (scaling_ && !scaled_sums_ready_) {
+    if (std::holds_alternative<std::monostate>(M_)) {
+      for (int64_t k = 0; k < v_.batch; ++k) cg_after_precondition(v_.states[k], v_.states[k].rr);
+      return;
+    }
+    if (scales_ && scaled_sums_ready_) {  // they came with the update
+      for (int64_t k = 0; k < v_.batch; ++k) cg_after_precondition(v_.states[k], totals_(1, k));
+      return;
+    }
+    if (scales_) {
       passes_.each_block(running_systems, [&](int64_t k, int64_t chunk, Range rows) {
-        sum(1, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + k * v_.n + rows.begin);
+        sum(0, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + k * v_.n + rows.begin);
       });
-    } else if (!scaling_ && !identity) {
+    } else {
       // q is free between the update and the next product
       passes_.precondition(M_, v_.n, v_.r, v_.q, v_.z, running_systems, [&](int64_t k, int64_t chunk, Range rows) {
         const int64_t at = k * v_.n + rows.begin;
-        sum(1, k, chunk) += dot(rows.size(), v_.r + at, v_.z + at);
+        sum(0, k, chunk) += dot(rows.size(), v_.r + at, v_.z + at);
       });
     }
-    for (int64_t k = 0; k < v_.batch; ++k)
-      cg_after_precondition(v_.states[k], identity ? v_.states[k].rr : total(1, k));
+    reduce(1);
+    for (int64_t k = 0; k < v_.batch; ++k) cg_after_precondition(v_.states[k], totals_(0, k));
   }
 
   void direction_and_apply() {
@@ -101,11 +113,12 @@ class CpuSpace {
         passes_.sweep(halo_, runs, advance, apply);
       }
     }
+    reduce(1);
     std::vector<double> pq(static_cast<size_t>(v_.batch));
-    for (int64_t k = 0; k < v_.batch; ++k) pq[static_cast<size_t>(k)] = total(0, k);
-    form_squares_of_doubtful_products(pq);
+    for (int64_t k = 0; k < v_.batch; ++k) pq[static_cast<size_t>(k)] = totals_(0, k);
+    const bool any = form_squares_of_doubtful_products(pq);
     for (int64_t k = 0; k < v_.batch; ++k)
-      cg_after_apply(v_.states[k], options_, pq[static_cast<size_t>(k)], total(1, k));
+      cg_after_apply(v_.states[k], options_, pq[static_cast<size_t>(k)], any ? totals_(0, k) : 0);
   }
 
   void update() {
@@ -120,19 +133,21 @@ class CpuSpace {
                          }
                          const T alpha = static_cast<T>(v_.states[k].alpha);
                          sum(0, k, chunk) += update_iterate(rows.size(), alpha, v_.p + at, q, v_.x + at, v_.r + at);
-                         if (scaling_)
+                         if (scales_)
                            sum(1, k, chunk) += weighted_square(rows.size(), scaling_ + rows.begin, v_.r + at);
                        });
     scaled_sums_ready_ = true;
-    for (int64_t k = 0; k < v_.batch; ++k) cg_after_update(v_.states[k], options_, total(0, k), history(k));
+    reduce(scales_ ? 2 : 1);
+    for (int64_t k = 0; k < v_.batch; ++k) cg_after_update(v_.states[k], options_, totals_(0, k), history(k));
   }
 
   // Whether any system still runs, after the monitor had its say.
   bool proceed(int64_t iteration, const CgMonitor& monitor) {
+    if (ended_ != CgStatus::running) return any_running();
     double largest = 0;
     for (int64_t k = 0; k < v_.batch; ++k) largest = std::fmax(largest, v_.states[k].rr);
     const CgStatus status = monitor(iteration, std::sqrt(largest));
-    if (status != CgStatus::running) finish_running(status);
+    if (status != CgStatus::running && !totals_.postpone(status)) finish_running(status);
     return any_running();
   }
 
@@ -148,11 +163,14 @@ class CpuSpace {
       if (v_.states[k].curvature != 0) sum(0, k, chunk) += dot(rows.size(), p, p);
     });
     form_residual(stopped);
+    totals_.read(passes_, 2);
+    const CgStatus wish = totals_.share(2);
     for (int64_t k = 0; k < v_.batch; ++k) {
       if (!stopped(k)) continue;
-      cg_after_verify(v_.states[k], options_, total(1, k), total(0, k));
+      cg_after_verify(v_.states[k], options_, totals_(1, k), totals_(0, k));
       v_.states[k].verified = running(k) ? 0 : 1;
     }
+    end(wish);
   }
 
  private:
@@ -160,26 +178,37 @@ class CpuSpace {
   double* history(int64_t k) const { return v_.history + k * options_.history_length; }
 
   double& sum(int which, int64_t k, int64_t chunk) { return passes_.sum(which, k, chunk); }
-  double total(int which, int64_t k) { return passes_.total(which, k); }
+
+  // The reduction point behind a pass: the first `count` sums of every system, over all ranks.
+  void reduce(int count) {
+    totals_.read(passes_, count);
+    share(count);
+  }
+  void share(int count) { end(totals_.share(count)); }
+  void end(CgStatus wish) {
+    if (wish != CgStatus::running) ended_ = wish;
+    if (ended_ != CgStatus::running) finish_running(ended_);
+  }
 
   void advance_direction(int64_t k, Range rows) {
     const T beta = static_cast<T>(v_.states[k].beta);
     const int64_t at = k * v_.n + rows.begin;
-    if (scaling_)
+    if (scales_)
       update_direction_scaled(rows.size(), beta, scaling_ + rows.begin, v_.r + at, v_.p + at);
     else
       update_direction(rows.size(), beta, v_.z + at, v_.p + at);
   }
 
-  // q.q in sum 1 for the systems whose p.q is positive but within rounding: too rare to be formed every time.
-  void form_squares_of_doubtful_products(const std::vector<double>& pq) {
+  // q.q in total 0 for the systems whose p.q is positive but within rounding: too rare to be formed every time. False
+  // where there are none.
+  bool form_squares_of_doubtful_products(const std::vector<double>& pq) {
     const auto doubtful = [&](int64_t k) {
       const double product = pq[static_cast<size_t>(k)];
       return running(k) && product > 0 && product <= cg_curvature_noise(v_.states[k], options_);
     };
     int64_t count = 0;
     for (int64_t k = 0; k < v_.batch; ++k) count += doubtful(k);
-    if (count == 0) return;
+    if (count == 0) return false;
     passes_.each_block(doubtful, [&](int64_t k, int64_t chunk, Range rows) {
       alignas(64) T scratch[block_size];
       const T* q = v_.q + k * v_.n + rows.begin;
@@ -187,8 +216,10 @@ class CpuSpace {
         apply_rows(*A_, k, v_.p + k * v_.n, scratch, rows);
         q = scratch;
       }
-      sum(1, k, chunk) += dot(rows.size(), q, q);
+      sum(0, k, chunk) += dot(rows.size(), q, q);
     });
+    reduce(1);
+    return true;
   }
 
   // r = b - A x with the product and the difference in double; r.r in sum 1. Leaves sum 0 as it is.
@@ -224,6 +255,7 @@ class CpuSpace {
   }
 
   BlockPasses passes_;  // with two partial sums a chunk and system
+  Totals totals_;
   const Operator<T>* A_;
   const ApplyCallback& apply_;
   const Preconditioner<T>& M_;
@@ -233,25 +265,27 @@ class CpuSpace {
   bool recompute_ = false;
   bool projects_ = false;
   bool first_residual_ = true;
-  bool scaled_sums_ready_ = false;  // sum 1 holds r.z for the diagonal preconditioner
-  const T* scaling_ = nullptr;      // diagonal preconditioner: z = scaling * r is never stored
+  CgStatus ended_ = CgStatus::running;  // or what a rank has asked for: the end of all
+  bool scaled_sums_ready_ = false;      // total 1 holds r.z for the diagonal preconditioner
+  bool scales_ = false;                 // diagonal preconditioner: z = scaling * r is never stored
+  const T* scaling_ = nullptr;          // null for a rank without rows
 };
 
 }  // namespace
 
 template <class T>
 void cg_cpu(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
-            const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor) {
-  const bool calls_back = !A || std::holds_alternative<Callback>(M) || options.watched;
+            const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor, const AllReduce& all_reduce) {
+  const bool calls_back = !A || std::holds_alternative<Callback>(M) || options.watched || all_reduce;
   Team::run(threads_for(exec.threads, A ? work_of(*A, v.batch) : v.n * v.batch), !calls_back, [&](Team& team) {
-    CpuSpace<T> space(team, A, apply, M, v, options);
+    CpuSpace<T> space(team, A, apply, M, v, options, all_reduce);
     conjugate_gradients(space, monitor);
   });
 }
 
 template void cg_cpu(const Exec&, const Operator<float>*, const ApplyCallback&, const Preconditioner<float>&,
-                     const CgVectors<float>&, const CgOptions&, const CgMonitor&);
+                     const CgVectors<float>&, const CgOptions&, const CgMonitor&, const AllReduce&);
 template void cg_cpu(const Exec&, const Operator<double>*, const ApplyCallback&, const Preconditioner<double>&,
-                     const CgVectors<double>&, const CgOptions&, const CgMonitor&);
+                     const CgVectors<double>&, const CgOptions&, const CgMonitor&, const AllReduce&);
 
 }  // namespace kantor

@@ -23,11 +23,19 @@ struct Shared {
   double* history;
   CgOptions options;
   Reduction reduction;
+  double* rank_sums;  // null where this process is alone
 
   __device__ __forceinline__ double* history_of(int64_t k) const { return history + k * options.history_length; }
 };
 
 // --- precondition: r.z ---
+
+struct AfterPrecondition {
+  static constexpr int count = 1;
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    cg_after_precondition(shared.states[k], total[0]);
+  }
+};
 
 template <class T>
 __global__ void residual_product_kernel(Shared shared, int64_t n, const T* r, const T* z) {
@@ -35,7 +43,7 @@ __global__ void residual_product_kernel(Shared shared, int64_t n, const T* r, co
   if (!shared.states[k].running()) return;
   double sums[1] = {0};
   simt::grid_stride(n, [&](int64_t i) { sums[0] += double(r[k * n + i]) * double(z[k * n + i]); });
-  reduce(shared.reduction, k, sums, [&](double (&total)[1]) { cg_after_precondition(shared.states[k], total[0]); });
+  reduce(shared.reduction, k, sums, [&](double (&total)[1]) { conclude<AfterPrecondition>(shared, k, total); });
 }
 
 // --- direction: p = z + beta p ---
@@ -55,6 +63,13 @@ __global__ void direction_kernel(const CgState* states, int64_t n, const T* d, c
 
 // --- apply: q = A p, then p.q and q.q ---
 
+struct AfterApply {
+  static constexpr int count = 2;
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    cg_after_apply(shared.states[k], shared.options, total[0], total[1]);
+  }
+};
+
 template <class T>
 struct Products {
   Shared shared;
@@ -67,8 +82,7 @@ struct Products {
     sums[1] += double(q) * double(q);
   }
   __device__ __forceinline__ void done(int64_t k) {
-    reduce(shared.reduction, k, sums,
-           [&](double (&total)[2]) { cg_after_apply(shared.states[k], shared.options, total[0], total[1]); });
+    reduce(shared.reduction, k, sums, [&](double (&total)[2]) { conclude<AfterApply>(shared, k, total); });
   }
 };
 
@@ -84,6 +98,17 @@ __global__ void products_kernel(Products<T> products, const T* q) {
 
 enum class Scaling { stored, identity, diagonal };
 
+template <Scaling scaling>
+struct AfterUpdate {
+  static constexpr int count = 2;
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    CgState& s = shared.states[k];
+    cg_after_update(s, shared.options, total[0], shared.history_of(k));
+    if constexpr (scaling == Scaling::identity) cg_after_precondition(s, total[0]);
+    if constexpr (scaling == Scaling::diagonal) cg_after_precondition(s, total[1]);
+  }
+};
+
 template <class T, Scaling scaling>
 __global__ void update_kernel(Shared shared, int64_t n, const T* d, const T* p, const T* q, T* x, T* r) {
   const int64_t k = blockIdx.y;
@@ -98,25 +123,42 @@ __global__ void update_kernel(Shared shared, int64_t n, const T* d, const T* p, 
     sums[0] += double(residual) * double(residual);
     if constexpr (scaling == Scaling::diagonal) sums[1] += double(d[i]) * double(residual) * double(residual);
   });
-  reduce(shared.reduction, k, sums, [&](double (&total)[2]) {
-    CgState& s = shared.states[k];
-    cg_after_update(s, shared.options, total[0], shared.history_of(k));
-    if constexpr (scaling == Scaling::identity) cg_after_precondition(s, total[0]);
-    if constexpr (scaling == Scaling::diagonal) cg_after_precondition(s, total[1]);
-  });
+  reduce(shared.reduction, k, sums, [&](double (&total)[2]) { conclude<AfterUpdate<scaling>>(shared, k, total); });
 }
 
 // --- start and verify: r = b - A x in double ---
 
 enum class Moment { start, verify };
 
+// Whether the residual of this moment is formed for a system.
+template <Moment moment>
+__device__ __forceinline__ bool forms_residual(const CgState& state) {
+  return moment == Moment::start || !(state.running() || state.verified != 0);
+}
+
+template <Moment moment, Scaling scaling>
+struct AfterResidual {
+  static constexpr int count = 4;
+  static __device__ __forceinline__ void apply(const Shared& shared, int64_t k, const double* total) {
+    CgState& s = shared.states[k];
+    if (!forms_residual<moment>(s)) return;
+    if (moment == Moment::start) {
+      cg_start(s, shared.options, total[2], total[3], total[0], shared.history_of(k));
+    } else {
+      cg_after_verify(s, shared.options, total[0], total[2]);
+      s.verified = s.running() ? 0 : 1;
+    }
+    if constexpr (scaling == Scaling::identity) cg_after_precondition(s, total[0]);
+    if constexpr (scaling == Scaling::diagonal) cg_after_precondition(s, total[1]);
+  }
+};
+
 // r = from - (terms) x, or from - product when the operator is a callback. The last launch of a residual reduces.
 template <class T, Moment moment, Scaling scaling>
 __global__ void residual_kernel(Shared shared, int64_t n, DeviceTerms<T> A, const T* product, const T* x, const T* b,
                                 const T* from, const T* p, const T* d, T* r, bool last) {
   const int64_t k = blockIdx.y;
-  const CgState& state = shared.states[k];
-  if (moment == Moment::verify && (state.running() || state.verified != 0)) return;
+  if (!forms_residual<moment>(shared.states[k])) return;
   double sums[4] = {0, 0, 0, 0};  // r.r, r.z, and b.b or p.p, max |b|
   const int64_t first = k * n;
   simt::grid_stride(n, [&](int64_t i) {
@@ -134,15 +176,8 @@ __global__ void residual_kernel(Shared shared, int64_t n, DeviceTerms<T> A, cons
   });
   if (!last) return;
   reduce<4, true>(shared.reduction, k, sums, [&](double (&total)[4]) {
-    CgState& s = shared.states[k];
-    if (moment == Moment::start) {
-      cg_start(s, shared.options, total[2], total[3], total[0], shared.history_of(k));
-    } else {
-      cg_after_verify(s, shared.options, total[0], total[2]);
-      s.verified = s.running() ? 0 : 1;
-    }
-    if constexpr (scaling == Scaling::identity) cg_after_precondition(s, total[0]);
-    if constexpr (scaling == Scaling::diagonal) cg_after_precondition(s, total[1]);
+    total[3] = cg_kind_of_size(total[3]);
+    conclude<AfterResidual<moment, scaling>>(shared, k, total);
   });
 }
 
@@ -150,11 +185,12 @@ template <class T>
 class CudaSpace {
  public:
   CudaSpace(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
-            const CgVectors<T>& v, const CgOptions& options)
-      : exec_(exec), A_(A), apply_(apply), M_(M), v_(v), host_(static_cast<size_t>(v.batch)) {
+            const CgVectors<T>& v, const CgOptions& options, const AllReduce& all_reduce)
+      : exec_(exec), A_(A), apply_(apply), M_(M), v_(v), all_reduce_(all_reduce), host_(static_cast<size_t>(v.batch)) {
     blocks_ = std::max(1u, blocks_per_vector(exec, v.n, v.batch));
     grid_ = dim3(blocks_, static_cast<unsigned>(v.batch));
-    shared_ = {v.states, v.history, options, make_reduction(v.workspace, v.batch, exec.stream)};
+    shared_ = {v.states, v.history, options, make_reduction(v.workspace, v.batch, exec.stream),
+               all_reduce ? all_reduce.sums : nullptr};
     if (const auto* diagonal = std::get_if<Diagonal<T>>(&M)) scaling_ = Scaling::diagonal, d_ = diagonal->values;
     if (std::holds_alternative<std::monostate>(M)) scaling_ = Scaling::identity;
     if (const auto* factor = std::get_if<IncompleteCholesky<T>>(&M)) levels_ = host_levels(exec, *factor);
@@ -182,6 +218,7 @@ class CudaSpace {
                    ConsumeNothing{});
     }
     SIMT_LAUNCH((residual_product_kernel<T>), grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, v_.r, v_.z);
+    share_totals<AfterPrecondition>(exec_, all_reduce_, shared_);
   }
 
   void direction_and_apply() {
@@ -198,15 +235,18 @@ class CudaSpace {
       apply_(false);
       SIMT_LAUNCH((products_kernel<T>), grid_, threads_per_block, 0, exec_.stream, products, v_.q);
     }
+    share_totals<AfterApply>(exec_, all_reduce_, shared_);
   }
 
   void update() {
-    const auto launch = [&](auto kernel) {
-      SIMT_LAUNCH(kernel, grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, d_, v_.p, v_.q, v_.x, v_.r);
+    const auto launch = [&]<Scaling scaling>() {
+      SIMT_LAUNCH((update_kernel<T, scaling>), grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, d_, v_.p, v_.q,
+                  v_.x, v_.r);
+      share_totals<AfterUpdate<scaling>>(exec_, all_reduce_, shared_);
     };
-    if (scaling_ == Scaling::identity) launch(&update_kernel<T, Scaling::identity>);
-    if (scaling_ == Scaling::diagonal) launch(&update_kernel<T, Scaling::diagonal>);
-    if (scaling_ == Scaling::stored) launch(&update_kernel<T, Scaling::stored>);
+    if (scaling_ == Scaling::identity) launch.template operator()<Scaling::identity>();
+    if (scaling_ == Scaling::diagonal) launch.template operator()<Scaling::diagonal>();
+    if (scaling_ == Scaling::stored) launch.template operator()<Scaling::stored>();
   }
 
   // Looks at the device every few iterations only; between two looks finished systems are latched and cost next to
@@ -216,7 +256,7 @@ class CudaSpace {
     const bool running = any_running();
     double largest = 0;
     for (const CgState& s : host_) largest = std::fmax(largest, s.rr);
-    const CgStatus status = monitor(iteration, std::sqrt(largest));
+    const CgStatus status = wish_of_ranks(exec_, all_reduce_, monitor(iteration, std::sqrt(largest)));
     if (status == CgStatus::running) return running;
     finish_running(status);
     return false;
@@ -242,13 +282,14 @@ class CudaSpace {
     for (size_t g = 0; g < groups.size(); ++g) {
       const bool last = g + 1 == groups.size();
       const T* from = g == 0 ? v_.b : v_.r;
-      const auto launch = [&](auto kernel) {
-        SIMT_LAUNCH(kernel, grid_, threads_per_block, 0, exec_.stream, shared_, v_.n, groups[g], product, v_.x, v_.b,
-                    from, v_.p, d_, v_.r, last);
+      const auto launch = [&]<Scaling scaling>() {
+        SIMT_LAUNCH((residual_kernel<T, moment, scaling>), grid_, threads_per_block, 0, exec_.stream, shared_, v_.n,
+                    groups[g], product, v_.x, v_.b, from, v_.p, d_, v_.r, last);
+        if (last) share_totals<AfterResidual<moment, scaling>>(exec_, all_reduce_, shared_);
       };
-      if (scaling_ == Scaling::identity) launch(&residual_kernel<T, moment, Scaling::identity>);
-      if (scaling_ == Scaling::diagonal) launch(&residual_kernel<T, moment, Scaling::diagonal>);
-      if (scaling_ == Scaling::stored) launch(&residual_kernel<T, moment, Scaling::stored>);
+      if (scaling_ == Scaling::identity) launch.template operator()<Scaling::identity>();
+      if (scaling_ == Scaling::diagonal) launch.template operator()<Scaling::diagonal>();
+      if (scaling_ == Scaling::stored) launch.template operator()<Scaling::stored>();
     }
   }
 
@@ -257,6 +298,7 @@ class CudaSpace {
   const ApplyCallback& apply_;
   const Preconditioner<T>& M_;
   CgVectors<T> v_;
+  const AllReduce& all_reduce_;
   std::vector<CgState> host_;  // the states as last read
   Shared shared_{};
   unsigned blocks_ = 1;
@@ -272,7 +314,7 @@ int64_t cg_workspace_bytes(int64_t batch) { return reduction_bytes(4, batch); }
 
 template <class T>
 void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply, const Preconditioner<T>& M,
-             const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor) {
+             const CgVectors<T>& v, const CgOptions& options, const CgMonitor& monitor, const AllReduce& all_reduce) {
   const simt::DeviceGuard guard(exec.device);
   for_each_slice(v.batch, [&](int64_t first, int64_t count) {
     CgVectors<T> slice = v;
@@ -281,7 +323,7 @@ void cg_cuda(const Exec& exec, const Operator<T>* A, const ApplyCallback& apply,
     for (T** vector : {&slice.x, &slice.r, &slice.p, &slice.q, &slice.z}) *vector += first * v.n;
     slice.states += first;
     slice.history += first * options.history_length;
-    CudaSpace<T> space(exec, A, apply, M, slice, options);
+    CudaSpace<T> space(exec, A, apply, M, slice, options, all_reduce);
     conjugate_gradients(space, monitor);
   });
 }
@@ -294,7 +336,7 @@ void solve_incomplete_cholesky_cuda(const Exec& exec, const IncompleteCholesky<T
 
 #define KANTOR_INSTANTIATE(T)                                                                            \
   template void cg_cuda(const Exec&, const Operator<T>*, const ApplyCallback&, const Preconditioner<T>&, \
-                        const CgVectors<T>&, const CgOptions&, const CgMonitor&);                        \
+                        const CgVectors<T>&, const CgOptions&, const CgMonitor&, const AllReduce&);      \
   template void solve_incomplete_cholesky_cuda(const Exec&, const IncompleteCholesky<T>&, const T*, T*, T*);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/all_reduce.h"
 #include "core/parallel.h"
 #include "core/reduce.h"
+#include "linalg/cg.h"
 #include "linalg/preconditioner.h"
 #include "linalg/vector.h"
 
@@ -28,7 +30,7 @@ class BlockPasses {
   double& sum(int which, int64_t k, int64_t chunk) {
     return sums_[static_cast<size_t>((which * batch_ + k) * chunks_.count() + chunk)];
   }
-  double total(int which, int64_t k) { return tree_sum(&sum(which, k, 0), chunks_.count()); }
+  double total(int which, int64_t k) { return chunks_.count() == 0 ? 0 : tree_sum(&sum(which, k, 0), chunks_.count()); }
   void clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
 
   // body(chunks, systems, workers) on every thread: a share of the chunks of all systems (the operator's data is then
@@ -121,6 +123,51 @@ class BlockPasses {
   Chunks chunks_;
   int64_t batch_;
   std::vector<double> sums_;
+};
+
+// The totals of a reduction point: of this process, then in one call of all ranks. What the monitor of one rank wants
+// travels along, so that all ranks end at the same point.
+class Totals {
+ public:
+  Totals(const AllReduce& all_reduce, int64_t batch, int most) : all_reduce_(all_reduce), batch_(batch) {
+    if (all_reduce) return;
+    own_.resize(static_cast<size_t>(batch * most));
+  }
+
+  // Total number `which` of system k.
+  double& operator()(int which, int64_t k) {
+    double* sums = all_reduce_ ? all_reduce_.sums : own_.data();
+    return sums[which * batch_ + k];
+  }
+
+  // From the partial sums of a pass, the first `count` of each system.
+  void read(BlockPasses& passes, int count) {
+    for (int which = 0; which < count; ++which)
+      for (int64_t k = 0; k < batch_; ++k) (*this)(which, k) = passes.total(which, k);
+  }
+
+  // Sums the first `count` totals of each system over the ranks. Returns what a rank has asked for since the last time.
+  CgStatus share(int count) {
+    if (!all_reduce_) return CgStatus::running;
+    double* wishes = all_reduce_.sums + count * batch_;
+    wishes[0] = wish_ == CgStatus::interrupted;
+    wishes[1] = wish_ == CgStatus::stopped;
+    wish_ = CgStatus::running;
+    all_reduce_.call(count * batch_ + rank_wishes);
+    return wishes[0] > 0 ? CgStatus::interrupted : wishes[1] > 0 ? CgStatus::stopped : CgStatus::running;
+  }
+
+  // Whether `status`, which this rank asks for, has to wait for the next reduction point.
+  bool postpone(CgStatus status) {
+    if (all_reduce_) wish_ = status;
+    return static_cast<bool>(all_reduce_);
+  }
+
+ private:
+  const AllReduce& all_reduce_;
+  int64_t batch_;
+  std::vector<double> own_;
+  CgStatus wish_ = CgStatus::running;
 };
 
 }  // namespace kantor

@@ -3,6 +3,8 @@
 #pragma once
 #include <vector>
 
+#include "core/all_reduce.h"
+#include "linalg/cg.h"
 #include "linalg/operator_kernels.h"
 #include "linalg/preconditioner.h"
 
@@ -53,6 +55,44 @@ __device__ __forceinline__ void reduce(const Reduction& reduction, int64_t k, do
     values[c] = maximum ? simt::block_max(value) : simt::block_sum(value);
   }
   if (threadIdx.x == 0) finish(values);
+}
+
+// What follows a reduction: `Recurrence`, a struct with a number `count` of totals and a function
+// apply(shared, k, totals). At once where this process is alone; else the totals go to `shared.rank_sums`, and the
+// recurrence runs in a kernel of its own behind the sum over the ranks.
+template <class Recurrence, class Shared, int count>
+__device__ __forceinline__ void conclude(const Shared& shared, int64_t k, double (&totals)[count]) {
+  static_assert(count == Recurrence::count);
+  if (!shared.rank_sums) return Recurrence::apply(shared, k, totals);
+  for (int c = 0; c < count; ++c) shared.rank_sums[c * shared.reduction.batch + k] = totals[c];
+}
+
+template <class Recurrence, class Shared>
+__global__ void recurrence_kernel(Shared shared) {
+  simt::grid_stride(shared.reduction.batch, [&](int64_t k) {
+    double totals[Recurrence::count];
+    for (int c = 0; c < Recurrence::count; ++c) totals[c] = shared.rank_sums[c * shared.reduction.batch + k];
+    Recurrence::apply(shared, k, totals);
+  });
+}
+
+// Behind a kernel that concludes with `Recurrence`.
+template <class Recurrence, class Shared>
+void share_totals(const Exec& exec, const AllReduce& all_reduce, const Shared& shared) {
+  if (!all_reduce) return;
+  all_reduce.call(Recurrence::count * shared.reduction.batch);
+  const dim3 grid(simt::blocks_for(shared.reduction.batch, threads_per_block));
+  SIMT_LAUNCH((recurrence_kernel<Recurrence, Shared>), grid, threads_per_block, 0, exec.stream, shared);
+}
+
+// What any rank asks for; all ranks look at the same iterations.
+inline CgStatus wish_of_ranks(const Exec& exec, const AllReduce& all_reduce, CgStatus mine) {
+  if (!all_reduce) return mine;
+  double wishes[rank_wishes] = {double(mine == CgStatus::interrupted), double(mine == CgStatus::stopped)};
+  simt::copy_to_device(all_reduce.sums, wishes, sizeof(wishes), exec.stream);
+  all_reduce.call(rank_wishes);
+  simt::copy_to_host(wishes, all_reduce.sums, sizeof(wishes), exec.stream);
+  return wishes[0] > 0 ? CgStatus::interrupted : wishes[1] > 0 ? CgStatus::stopped : CgStatus::running;
 }
 
 // A system takes part as long as it runs.

@@ -64,6 +64,8 @@ def cg(
     apply: Callable[[bool], None] | None,  # q = A x if the argument is true, else q = A p
     precondition: Callable[[], None] | None,  # z = M r
     user_monitor: Callable[[int, float], bool] | None,  # (iteration, residual norm) -> whether to stop
+    sums: Tensor | None,  # float64, 4 batch + 2: what all_reduce sums
+    all_reduce: Callable[[int], None] | None,  # over ranks, of the first so many sums (csrc/core/all_reduce.h)
     threads: int,
 ) -> None: ...
 def cg_workspace_bytes(batch: int) -> int: ...
@@ -86,6 +88,8 @@ def capped_cg(
     product: Callable[[Tensor], Tensor] | None,
     z: Tensor,  # what `product` gets
     precondition: Callable[[], None] | None,  # z = M r
+    sums: Tensor | None,  # as for cg
+    all_reduce: Callable[[int], None] | None,
     threads: int,
 ) -> int: ...  # calls of `product`
 def multishift_cg(

@@ -10,13 +10,14 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from importlib.metadata import version as _distribution_version
 
-from kantor import _C, cuda, graph, linalg, nn, optim, transport
+from kantor import _C, cuda, distributed, graph, linalg, nn, optim, transport
 from kantor._errors import (
     BackendUnavailable,
     ConvergenceError,
     ConvergenceWarning,
     KantorError,
     NumericalBreakdown,
+    RankError,
     StabilityError,
 )
 
@@ -34,9 +35,11 @@ __all__ = [
     "ConvergenceWarning",
     "KantorError",
     "NumericalBreakdown",
+    "RankError",
     "StabilityError",
     "__version__",
     "cuda",
+    "distributed",
     "graph",
     "linalg",
     "nn",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Final
 
+from kantor._errors import RankError
 from kantor._solve_files import BadInputError
 
 NOT_SOLVED: Final = 1
@@ -35,17 +36,25 @@ class Precision(StrEnum):
 
 
 @contextmanager
-def one_message(command: str) -> Iterator[None]:
-    """Turn what is wrong with the input into one message and exit code 2, and Ctrl-C into exit code 130."""
+def one_message(command: str, *, speaks: bool = True) -> Iterator[None]:
+    """Turn what is wrong with the input into one message and exit code 2, and Ctrl-C into exit code 130.
+
+    Of several processes that know the same one `speaks`. One that lost the others exits with 1 and says so itself.
+    """
     import typer
 
     try:
         yield
     except (BadInputError, ImportError, OSError) as error:
-        print(f"kantor {command}: {error}", file=sys.stderr)
+        if speaks:
+            print(f"kantor {command}: {error}", file=sys.stderr)
         raise typer.Exit(BAD_INPUT) from error
+    except RankError as error:
+        print(f"kantor {command}: {error}", file=sys.stderr)
+        raise typer.Exit(NOT_SOLVED) from error
     except KeyboardInterrupt as error:
-        print(f"kantor {command}: interrupted", file=sys.stderr)
+        if speaks:
+            print(f"kantor {command}: interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from error
 
 

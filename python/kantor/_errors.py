@@ -32,6 +32,10 @@ class ConvergenceError(KantorError):
         return type(self), (str(self), self.result)  # by itself pickle would pass the message alone
 
 
+class RankError(KantorError):
+    """A collective operation failed: another process died, stalled beyond the timeout, or left the common path."""
+
+
 class StabilityError(ValueError):
     """An explicit step so long that the result would grow without bound; the message gives the largest safe one."""
 

@@ -13,7 +13,7 @@ from kantor._solve_files import BadInputError
 from kantor.linalg import CSR, LinearOperator, Multigrid, SolveResult, ic0, jacobi
 from kantor.linalg.grid_detection import GridMatrix, detect_grid
 
-_TINY = 64  # unknowns up to which a preconditioner cannot pay for its own set-up
+TINY = 64  # unknowns up to which a preconditioner cannot pay for its own set-up
 _CONTRAST = 1e4  # of the coefficients beyond which incomplete Cholesky is mostly faster than multigrid
 
 
@@ -61,7 +61,7 @@ def choose(wanted: Preconditioner, A: CSR) -> Chosen:
     """
     if wanted is Preconditioner.none:
         return Chosen(A, None, "none")
-    if wanted is Preconditioner.auto and A.shape[0] <= _TINY:
+    if wanted is Preconditioner.auto and A.shape[0] <= TINY:
         return Chosen(A, None, "none", f"{A.shape[0]} unknowns need none")
     builders: dict[str, Callable[[CSR], Chosen]] = {"multigrid": _multigrid, "ic0": _ic0, "jacobi": _jacobi}
     failures: dict[str, str] = {}
@@ -75,14 +75,15 @@ def choose(wanted: Preconditioner, A: CSR) -> Chosen:
         except (ValueError, KantorError) as error:
             failures[name] = str(error).removeprefix(f"{name}: A: ")
             continue
-        reasons = [note for note in (chosen.note, _because(failures)) if note]
+        reasons = [note for note in (chosen.note, because(failures)) if note]
         return replace(chosen, note="; ".join(reasons))
     if wanted is not Preconditioner.auto:
         raise BadInputError(f"--preconditioner {wanted.value}: {failures[wanted.value]}")
-    return Chosen(A, None, "none", _because(failures))
+    return Chosen(A, None, "none", because(failures))
 
 
-def _because(failures: dict[str, str]) -> str:
+def because(failures: dict[str, str]) -> str:
+    """Return why each of the better ones could not be built."""
     return "; ".join(f"no {name}: {reason}" for name, reason in failures.items())
 
 

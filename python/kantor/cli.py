@@ -6,6 +6,7 @@ Exit codes: 0 solved, 1 not solved, 2 bad input (one message on stderr, no trace
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shlex
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 import kantor
-from kantor import _C, KantorError
+from kantor import _C, KantorError, RankError
 from kantor._command_line import (
     BAD_INPUT,
     INTERRUPTED,
@@ -35,8 +36,10 @@ from kantor._command_line import (
     scientific,
 )
 from kantor._progress import log_fraction
+from kantor._solve_distributed import bad_input_of_all, share_system
 from kantor._solve_files import BadInputError, System, check_output, read_system, write_solution
 from kantor._solve_preconditioner import Chosen, Preconditioner, choose
+from kantor.distributed import ShardedCSR, init
 from kantor.linalg import SolveResult, SolveStatus, cg
 from kantor.plotting import new_axes, save_figure
 
@@ -147,39 +150,62 @@ def solve(
     plot: Annotated[Path | None, typer.Option(help="Draw residuals against iterations: .png, .pdf or .svg.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Share the rows among the processes that torchrun started.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for another process.")] = 30.0,
 ) -> None:
     """Solve A x = b for a symmetric positive definite A by conjugate gradients.
 
     Exit codes: 0 solved, 1 not solved, 2 bad input, 130 interrupted (x so far is written where -o is given).
     """
     with one_message("solve"):
-        if output is not None:
-            check_output(output, inputs=[matrix, rhs])
-        if plot is not None:
-            check_output(plot, PLOT_SUFFIXES, inputs=[matrix, rhs, output])
-            new_axes()  # a missing matplotlib shows now, not after the solve
-        if threads is not None:
-            torch.set_num_threads(threads)
+        ranks = init(timeout) if distributed else None
+    first = ranks is None or ranks.rank == 0  # reads, writes and speaks
+    quiet, json_output = quiet or not first, json_output and first
+    with one_message("solve", speaks=first):
         started = time.perf_counter()
-        system = read_system(matrix, rhs, getattr(torch, dtype.value))
+        system: System | None = None
+        with bad_input_of_all(ranks, patient=True):
+            if output is not None and first:
+                check_output(output, inputs=[matrix, rhs])
+            if plot is not None and first:
+                check_output(plot, PLOT_SUFFIXES, inputs=[matrix, rhs, output])
+                new_axes()  # a missing matplotlib shows now, not after the solve
+            if threads is not None:
+                torch.set_num_threads(threads)
+            if first:
+                system = read_system(matrix, rhs, getattr(torch, dtype.value))
         read_seconds = time.perf_counter() - started
-        chosen = choose(preconditioner, system.A)
+        if ranks is not None:
+            chosen, b = share_system(ranks, system, preconditioner)
+        else:
+            assert system is not None
+            chosen, b = choose(preconditioner, system.A), system.b
         setup_seconds = time.perf_counter() - started - read_seconds
-        result = _run_cg(system, chosen, rtol, atol, maxiter, show_progress=not quiet)
-        if output is not None:
-            write_solution(output, system.in_file_shape(result.x))
-        if plot is not None:
-            save_figure(result.plot(), plot)
-        outcome = _outcome(system, result) | {
-            "matrix": str(matrix),
-            "rhs": "ones" if rhs is None else str(rhs),
-            "preconditioner": chosen.name,
-            "preconditioner_note": chosen.note,
-            "seconds_read": read_seconds,
-            "seconds_preconditioner": setup_seconds,
-            "output": None if output is None else str(output),
-            "plot": None if plot is None else str(plot),
-        }
+        result = _run_cg(b, chosen, rtol, atol, maxiter, show_progress=not quiet)
+        x = chosen.A.gather(result.x, target=0) if isinstance(chosen.A, ShardedCSR) else result.x
+        with bad_input_of_all(ranks, patient=True):
+            if output is not None and system is not None and x is not None:
+                write_solution(output, system.in_file_shape(x))
+            if plot is not None and first:
+                save_figure(result.plot(), plot)
+        outcome = (
+            {}
+            if system is None
+            else _outcome(system, result)
+            | {
+                "processes": 1 if ranks is None else ranks.size,
+                "matrix": str(matrix),
+                "rhs": "ones" if rhs is None else str(rhs),
+                "preconditioner": chosen.name,
+                "preconditioner_note": chosen.note,
+                "seconds_read": read_seconds,
+                "seconds_preconditioner": setup_seconds,
+                "output": None if output is None else str(output),
+                "plot": None if plot is None else str(plot),
+            }
+        )
     if json_output:
         print(json.dumps(outcome, indent=2))
     elif not quiet:
@@ -187,17 +213,20 @@ def solve(
     if result.status is SolveStatus.INTERRUPTED:
         raise typer.Exit(INTERRUPTED)
     if not result.converged:
-        if not json_output:
+        if not json_output and first:
             print(f"kantor solve: not solved. {_advice(result, preconditioner)}", file=sys.stderr)
         raise typer.Exit(NOT_SOLVED)
 
 
 def _run_cg(
-    system: System, chosen: Chosen, rtol: float, atol: float, maxiter: int | None, *, show_progress: bool
+    b: torch.Tensor, chosen: Chosen, rtol: float, atol: float, maxiter: int | None, *, show_progress: bool
 ) -> SolveResult:
     with progress("cg", enabled=show_progress) as update, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the outcome is printed below, with what to try
-        initial = float(system.b.double().norm(dim=-1).max())
+        squares = b.double().square().sum(-1)
+        if chosen.A.ranks is not None:
+            chosen.A.ranks.all_reduce_(squares)
+        initial = math.sqrt(float(squares.max()))
         target = max(rtol * initial, atol)
 
         def show(step: Any) -> None:
@@ -211,10 +240,12 @@ def _run_cg(
 
         callback = None if update is None else show
         try:
-            b = chosen.posed(system.b)
+            posed = chosen.posed(b)
             options: dict[str, Any] = {"rtol": rtol, "atol": atol, "maxiter": maxiter, "interrupt": "return"}
-            result = cg(chosen.A, b, M=chosen.M, callback=callback, **options)
-            return chosen.answered(result, system.b)
+            result = cg(chosen.A, posed, M=chosen.M, callback=callback, **options)
+            return chosen.answered(result, b)
+        except RankError:
+            raise
         except (ValueError, KantorError) as error:
             raise BadInputError(str(error)) from error
 
@@ -261,6 +292,8 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
         "seconds": f"{outcome['seconds']:.3f} (reading {outcome['seconds_read']:.3f}, "
         f"preconditioner {outcome['seconds_preconditioner']:.3f})",
     }
+    if outcome["processes"] > 1:
+        rows["processes"] = f"{outcome['processes']}"
     if outcome["right_hand_sides"] > 1:
         rows["right-hand side"] += f", {outcome['right_hand_sides']} columns; figures of the worst"
     if outcome["curvature"] is not None:

@@ -14,6 +14,7 @@ the tangent of A is A with tangents for operands. `tangent_product` has both cas
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch import Tensor
 from kantor import _C
 from kantor._checks import host, is_readable
 from kantor._ops import Context, backend, declare
+from kantor._ranks import Ranks, RankSums
 
 DENSE, CSR, STENCIL, FACES, DIAGONAL, INCOMPLETE_CHOLESKY, LOW_RANK, POISSON, MULTIGRID = range(9)
 # Integers after the kind, per term.
@@ -129,7 +131,7 @@ def outer(
     """Gradient of ``u' A v``, summed over the batch, with respect to each operand (None for integer ones)."""
     gradients: list[Any] = []
     for term, scale in zip(split_terms(operands, layout), scales, strict=True):
-        u2, v2 = u.reshape(-1, term.rows), v.reshape(-1, term.cols)
+        u2, v2 = u.reshape(u.shape[:-1].numel(), term.rows), v.reshape(v.shape[:-1].numel(), term.cols)
         parts = _outer_term(term, scale, u2, v2)
         gradients += [g if g is None else g.reshape(t.shape) for g, t in zip(parts, term.operands, strict=True)]
     return gradients
@@ -225,6 +227,12 @@ def _matvec_forward(operands: list[Tensor], layout: list[int], scales: list[floa
     return y
 
 
+def write_matvec(A: Encoded, x: Tensor, out: Tensor) -> Tensor:
+    """Write ``A x`` to memory that is there; without low-rank terms."""
+    backend().matvec(*A, x.resolve_neg().contiguous(), out, None, torch.get_num_threads())
+    return out
+
+
 def _matvec_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
     operands, layout, scales, x = ctx.inputs
     need_operands, _, _, need_x = ctx.needs
@@ -297,20 +305,24 @@ def run_cg(
     atol: float,
     maxiter: int,
     *,
-    apply: Callable[[Tensor], Tensor] | None = None,
+    apply: Callable[[Tensor, Tensor], Tensor] | None = None,
     precondition: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the native loop on b (..., n); `apply` and `precondition` stand in for A and M, called on (..., n)."""
+    """Run the native loop on b (..., n); ``apply(x, out)`` and ``precondition(r)`` stand in for A and M, on (..., n).
+
+    With `ranks` all vectors hold this rank's rows, of which there may be none.
+    """
     shape, n = b.shape, b.shape[-1]
-    if b.numel() == 0:  # nothing to solve: no system, or systems without unknowns
+    if b.numel() == 0 and (ranks is None or 0 in shape[:-1]):  # no system, or systems without unknowns
         x, p, info, history = _cg_fake(*A, *M, b, x0, rtol, atol, maxiter)
         info = info.zero_()
         info[..., STATUS] = info[..., HISTORY_STRIDE] = 1
         return x, p, info, history.zero_()
     # Native code reads memory as it is: no lazy negation.
     A, M = (Encoded([t.resolve_neg() for t in e.operands], e.layout, e.scales) for e in (A, M))
-    b2 = b.resolve_neg().reshape(-1, n).contiguous()
-    batch = b2.shape[0]
+    batch = math.prod(shape[:-1])
+    b2 = b.resolve_neg().reshape(batch, n).contiguous()
     # The results are no views: autograd forbids to write into a view that an operator made.
     x = zeros(b) if x0 is None else x0.resolve_neg().clone(memory_format=torch.contiguous_format)
     p = zeros(b)  # zero, not empty: it is returned, also for systems that take no step
@@ -323,20 +335,21 @@ def run_cg(
 
     def apply_callback(to_x: bool) -> None:
         assert apply is not None
-        q.copy_(apply(x if to_x else p).reshape(q.shape))
+        apply(x if to_x else p, q.view(shape))
 
     def precondition_callback() -> None:
         assert precondition is not None
         z.copy_(precondition(r.view(shape)).reshape(z.shape))
 
     M = with_workspace(M, b2)
+    sums = None if ranks is None else RankSums(ranks, batch, b2)
     current = hooks.get()
     native.cg(
         *A, *M, b2, x, [r, p.view(b2.shape), q, z], x0 is None, info, history, workspace,
         projections(A, M, batch, b2), rtol, atol, maxiter,
         None if apply is None else apply_callback,
         None if precondition is None else precondition_callback,
-        current.monitor, torch.get_num_threads(),
+        current.monitor, None if sums is None else sums.sums, sums, torch.get_num_threads(),
     )  # fmt: skip
     if not current.return_on_interrupt and bool((info[..., STATUS] == INTERRUPTED).any()):
         raise KeyboardInterrupt

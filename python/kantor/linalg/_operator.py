@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable as CallableType
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kantor._checks import check_float, check_same, check_tensor
+from kantor._ranks import Ranks
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded
 
@@ -35,6 +37,9 @@ class LinearOperator:
         Of the entries; vectors must match.
     device : torch.device
         Of the entries; vectors must match.
+    ranks : Ranks or None
+        The processes that share the operator: each has some rows of all vectors, and `shape` counts those of this
+        process. Its products are collective, and solvers sum over the ranks.
 
     Examples
     --------
@@ -49,6 +54,7 @@ class LinearOperator:
     dtype: torch.dtype
     device: torch.device
     grid: tuple[int, ...] | None = None  # shape of grid-shaped vectors, where the operator lives on a grid
+    ranks: Ranks | None = None
 
     # Whether native kernels know it as a term of a sum: preconditioners have passes of their own.
     is_summand = True
@@ -57,6 +63,11 @@ class LinearOperator:
     def is_native(self) -> bool:
         """Whether native kernels apply this operator."""
         return True
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether solutions may have derivatives with respect to the operator: of Python code nothing is known."""
+        return not self.is_native or any(tensor.requires_grad for tensor in self.encode().operands)
 
     def encode(self) -> Encoded:
         """Return operands, layout and scales for the native code (csrc/linalg/operator.h)."""
@@ -82,6 +93,10 @@ class LinearOperator:
     def _apply(self, x: Tensor) -> Tensor:
         result: Tensor = _native.matvec(*self.encode(), x)
         return result
+
+    def write_product(self, x: Tensor, out: Tensor) -> Tensor:
+        """Write ``A x`` to `out`, shaped like it, and return that: what solvers call, with vectors that fit."""
+        return out.copy_(self.matvec(x).reshape(out.shape))
 
     def _check_vector(self, x: Tensor, length: int) -> None:
         name = f"{type(self).__name__}.matvec"
@@ -177,14 +192,21 @@ class LinearOperator:
         return 0.0, ""
 
     def _asymmetry_by_probe(self) -> tuple[float, str]:
-        steps = torch.arange(1, self.shape[0] + 1, dtype=torch.float64, device=self.device)
+        before = 0
+        if self.ranks is not None:
+            before = sum(row[0] for row in self.ranks.table(self.shape[0])[: self.ranks.rank])
+        steps = torch.arange(before + 1, before + self.shape[0] + 1, dtype=torch.float64, device=self.device)
         u, v = torch.sin(steps * 1.2345).to(self.dtype), torch.cos(steps * steps * 0.5432).to(self.dtype)
         with torch.no_grad():
             # Copies: the function may hand out the same memory each time.
             Au, Av = (self.matvec(w).to(torch.float64, copy=True) for w in (u, v))
         u, v = u.double(), v.double()
-        size = float(u.norm() * Av.norm() + v.norm() * Au.norm())
-        return (float((u @ Av - v @ Au).abs()) / size if size > 0 else 0.0), "u'Av differs from v'Au for a probe u, v"
+        sums = torch.stack([u @ u, v @ v, Au @ Au, Av @ Av, u @ Av, v @ Au])
+        if self.ranks is not None:
+            self.ranks.all_reduce_(sums)
+        uu, vv, AuAu, AvAv, uAv, vAu = sums.tolist()
+        size = math.sqrt(uu * AvAv) + math.sqrt(vv * AuAu)
+        return (abs(uAv - vAu) / size if size > 0 else 0.0), "u'Av differs from v'Au for a probe u, v"
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         if not isinstance(other, LinearOperator):
@@ -233,6 +255,7 @@ class Sum(LinearOperator):
                 )
         self.terms = flat
         self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+        self.ranks = next((term.ranks for _, term in flat if term.ranks is not None), None)
         grids = {term.grid for _, term in flat if term.grid is not None}
         self.grid = grids.pop() if len(grids) == 1 else None  # of two shapes neither is meant
 
@@ -240,6 +263,11 @@ class Sum(LinearOperator):
     def is_native(self) -> bool:
         """Whether native kernels apply every term."""
         return all(term.is_native and term.is_summand for _, term in self.terms)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a term does."""
+        return any(term.requires_grad for _, term in self.terms)
 
     def encode(self) -> Encoded:
         """Concatenate the encodings of the terms."""
@@ -296,6 +324,8 @@ class Sum(LinearOperator):
 
     def asymmetry(self) -> tuple[float, str]:
         """Return the largest asymmetry of the terms; when not small, that of the sum, where they may make up for it."""
+        if self.ranks is not None:
+            return self._asymmetry_by_probe()
         worst = max((term.asymmetry() for _, term in self.terms), key=lambda pair: pair[0])
         if worst[0] <= 1e2 * torch.finfo(self.dtype).eps:
             return worst
@@ -303,6 +333,14 @@ class Sum(LinearOperator):
             return self.to_csr().asymmetry()
         except TypeError:  # a term without entries
             return self._asymmetry_by_probe()
+
+
+def require_one_process(A: LinearOperator, name: str) -> None:
+    """Raise TypeError where the rows are shared among processes and the method would sum over its own only."""
+    if A.ranks is not None:
+        raise TypeError(
+            f"{name}: A: {A!r} is shared by {A.ranks.size} processes; across them there are cg and capped_cg"
+        )
 
 
 def as_operator(A: Any, *, like: Tensor | None = None) -> LinearOperator:

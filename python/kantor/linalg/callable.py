@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kantor._ranks import Ranks
 from kantor.linalg._operator import LinearOperator
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Callable(LinearOperator):
         Of the vectors it takes. Default: float64 on the CPU.
     transpose : callable, optional
         The transposed map; by default the operator has none.
+    ranks : Ranks, optional
+        The processes among which the vectors' rows are shared; `n` counts those of this process, and `fn` is a
+        collective function of all of them.
 
     Examples
     --------
@@ -47,10 +51,11 @@ class Callable(LinearOperator):
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
         transpose: CallableType[[Tensor], Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"Callable: fn: expected a callable, got {type(fn).__name__}")
-        self.fn, self.transpose = fn, transpose
+        self.fn, self.transpose, self.ranks = fn, transpose, ranks
         self.shape = (int(n), int(n))
         self.dtype, self.device = dtype, torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
 
@@ -91,7 +96,9 @@ class Callable(LinearOperator):
         """The transposed map."""
         if self.transpose is None:
             raise TypeError("Callable has no transpose; pass transpose=")
-        return Callable(self.transpose, self.shape[0], dtype=self.dtype, device=self.device, transpose=self.fn)
+        return Callable(
+            self.transpose, self.shape[0], dtype=self.dtype, device=self.device, transpose=self.fn, ranks=self.ranks
+        )
 
     def to(self, dtype: torch.dtype) -> Callable:
         """Return the same function on vectors of another dtype: they are converted on the way in and out."""
@@ -100,7 +107,9 @@ class Callable(LinearOperator):
             return lambda x: fn(x.to(self.dtype)).to(dtype)
 
         transpose = None if self.transpose is None else converted(self.transpose)
-        return Callable(converted(self.fn), self.shape[0], dtype=dtype, device=self.device, transpose=transpose)
+        return Callable(
+            converted(self.fn), self.shape[0], dtype=dtype, device=self.device, transpose=transpose, ranks=self.ranks
+        )
 
     def asymmetry(self) -> tuple[float, str]:
         """Return a probe ``|u'Av - v'Au|`` relative to its terms."""

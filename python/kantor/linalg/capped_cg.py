@@ -21,6 +21,7 @@ from torch import Tensor
 from kantor import _C
 from kantor._checks import check_finite, check_float, check_same, check_tensor
 from kantor._ops import backend
+from kantor._ranks import Ranks, RankSums, largest, together
 from kantor._result import Status
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded
@@ -146,10 +147,12 @@ class CappedSolver:
     ----------
     like : Tensor
         Shape ``(n,)`` or ``(B, n)``, dtype and device of the right-hand sides.
+    ranks : Ranks, optional
+        The processes that share the vectors' rows; n counts those of this process.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.shape = like.shape
+    def __init__(self, like: Tensor, ranks: Ranks | None = None) -> None:
+        self.shape, self._ranks = like.shape, ranks
         self._batch, self._n = (1, like.numel()) if like.ndim == 1 else like.shape
         shape = (self._batch, self._n)
         self._y, self._Hy, self._r, self._p, self._Hp = (_native.zeros(like.new_empty(shape)) for _ in range(5))
@@ -157,6 +160,8 @@ class CappedSolver:
         self._q: Tensor | None = None  # with a native operator on CUDA, or incomplete Cholesky
         self._host = torch.zeros(self._batch, _C.capped_state_size, dtype=torch.float64)
         self._table = self._host.numpy()
+        self._unknowns = self._n if ranks is None else int(ranks.sum(self._n)[0])
+        self._sums = None if ranks is None else RankSums(ranks, self._batch, like)
         self._workspace = like.new_empty(0, dtype=torch.uint8)
         self._arrays = like.new_empty(0, dtype=torch.float64)
         self._r_view, self._y_view, self._p_view = (v.view(self.shape) for v in (self._r, self._y, self._p))
@@ -184,7 +189,7 @@ class CappedSolver:
         ``(B,)``. A system whose g is zero is left out. Exceptions of callables leave as they are.
         """
         table = self._table
-        limit = 2 * self._n if max_iter is None else max_iter
+        limit = 2 * self._unknowns if max_iter is None else max_iter
         for column, value in enumerate((damping, rtol, atol, limit, hnorm, self.log_T_shift)):
             table[:, column] = value
         limit = int(np.max(limit))
@@ -206,7 +211,7 @@ class CappedSolver:
         if encoded is not None or M.layout:
             self._q = torch.empty_like(self._r) if self._q is None else self._q
         # Test 4 is off beyond 2 n iterations, since without rounding there are n at most.
-        length = 4 * self._batch * (min(limit, 2 * self._n) + 1)
+        length = 4 * self._batch * (min(limit, 2 * self._unknowns) + 1)
         if self._arrays.numel() < length:
             # Memory that is not touched costs nothing: the arrays fill up to the iterations made.
             self._arrays = torch.empty(length, dtype=torch.float64, device=self._r.device)
@@ -223,7 +228,8 @@ class CappedSolver:
             calls += native.capped_cg(
                 *(encoded or _NONE), *M, g.reshape(self._r.shape), vectors, states, arrays, self._workspace,
                 projections, RULES.index(rule), every, resume, None if encoded else H,
-                z.view(self.shape) if M_inv is not None else self._r_view, precondition, torch.get_num_threads(),
+                z.view(self.shape) if M_inv is not None else self._r_view, precondition,
+                None if self._sums is None else self._sums.sums, self._sums, torch.get_num_threads(),
             )  # fmt: skip
             if on_cuda:
                 self._host.copy_(states)
@@ -270,8 +276,8 @@ class CappedSolver:
                 r = r + alphas[step] * (Hp + 2 * damping * p)
             d = self._y[k] + alphas[j] * self._p[k] - y
             Hd = self._product(H, d, k)
-            square = _dot(d, d)
-            curvature = _dot(d, Hd) / square
+            square, product = self._sums_of_products(d, d, Hd)
+            curvature = product / square
             if curvature < -damping:
                 self._p[k] = d
                 table[k, _STATUS], table[k, _ALONG_P], table[k, _CURVATURE], table[k, _PP] = _NC, 1, curvature, square
@@ -281,6 +287,14 @@ class CappedSolver:
                 table[k, _STATUS], table[k, _TEST4_OFF] = _RUNNING, 1
                 running = True
         return running
+
+    def _sums_of_products(self, d: Tensor, *others: Tensor) -> list[float]:
+        """``d'v`` in double for each of the other vectors, over all ranks."""
+        sums = torch.stack([torch.dot(d.double(), v.double()) for v in others])
+        if self._ranks is not None:
+            self._ranks.all_reduce_(sums)
+        result: list[float] = sums.tolist()
+        return result
 
     def _product(self, H: Any, v: Tensor, k: int) -> Tensor:
         """H v for system k of the batch."""
@@ -315,7 +329,8 @@ def capped_cg(
     ----------
     A : LinearOperator, Tensor, sparse tensor, scipy sparse matrix or LinearOperator, or callable
         H, ``(n, n)``, symmetric; see :func:`as_operator`. A callable maps ``(..., n)``, shaped like g, to the same.
-        The tensor that it gets is valid during the call only.
+        The tensor that it gets is valid during the call only. With an operator of :mod:`kantor.distributed` every
+        rank calls with its own rows of g and gets its rows of d.
     g : Tensor
         ``(n,)``, or ``(B, n)`` for a batch of systems that stop one by one. float32 or float64, finite, not zero.
     damping : float or Tensor
@@ -380,9 +395,49 @@ def capped_cg(
     >>> str(capped_cg(H, g, damping=0.6).status)
     'SOL'
     """
+    ranks: Ranks | None = getattr(A, "ranks", None)
+    with together(ranks):
+        operator, numbers = _checked(A, g, damping, rtol, atol, rule, max_iter, hnorm, check_every)
+    if debug:
+        relative, where = operator.asymmetry()
+        if relative > max(1e-6, 1e2 * torch.finfo(g.dtype).eps):
+            raise RuntimeError(f"capped_cg: A is not symmetric: {where}; the difference is {relative:.3g} of its terms")
+    with torch.no_grad():
+        g = g.detach().resolve_neg().contiguous()
+        most = largest(g, ranks)
+        # A power of two brings g to size one: its square neither under- nor overflows, and no bit of d changes.
+        size = torch.exp2(torch.frexp(most).exponent.double() - 1)
+        if bool((most == 0).any()):
+            raise ValueError(
+                "capped_cg: g: expected a vector that is not zero; at a stationary point there is no direction"
+            )
+        preconditioner = as_preconditioner(M_inv, operator, g, "capped_cg: M_inv")
+        if ranks is None:
+            return _scaled_solve(operator, g, size, numbers, rule, max_iter, preconditioner, check_every)
+        systems = 1 if g.ndim == 1 else g.shape[0]
+        ranks.agree("capped_cg", **{"g: number of systems": systems})
+        ranks.agree(
+            "capped_cg",
+            rule=RULES.index(rule), max_iter=-1 if max_iter is None else max_iter,
+            M_inv=preconditioner is not None, check_every=check_every or 0,
+            **{
+                f"{name} of system {k}": number
+                for name, value in numbers.items()
+                for k, number in enumerate(np.broadcast_to(value, systems).tolist())
+            },
+        )  # fmt: skip
+        with ranks.deferred_interrupts():
+            return _scaled_solve(operator, g, size, numbers, rule, max_iter, preconditioner, check_every)
+
+
+def _checked(
+    A: Any, g: Any, damping: Any, rtol: Any, atol: Any, rule: str, max_iter: Any, hnorm: Any, check_every: Any
+) -> tuple[LinearOperator, dict[str, Any]]:
+    """The operator, and the numbers of every system; raises as :func:`capped_cg` says."""
     check_tensor(g, "capped_cg", "g")
     check_float(g, "capped_cg", "g")
-    if g.ndim not in (1, 2) or g.numel() == 0:
+    empty = g.shape[:-1].numel() == 0 or (g.numel() == 0 and getattr(A, "ranks", None) is None)
+    if g.ndim not in (1, 2) or empty:
         raise ValueError(f"capped_cg: g: expected shape (n,) or (B, n), not empty, got {tuple(g.shape)}")
     check_finite(g, "capped_cg", "g")
     operator = as_operator(A, like=g)
@@ -397,30 +452,17 @@ def capped_cg(
         if count is not None and not (isinstance(count, int | np.integer) and count >= least):
             raise ValueError(f"capped_cg: {name}: expected an integer >= {least}, got {count!r}")
     systems = 1 if g.ndim == 1 else g.shape[0]
-    numbers = {
+    return operator, {
         "damping": _numbers(damping, "damping", systems, lambda v: (v > 0) & (v < math.inf), "> 0"),
         "rtol": _numbers(rtol, "rtol", systems, lambda v: (v > 0) & (v < 1), "in (0, 1)"),
         "atol": _numbers(atol, "atol", systems, lambda v: v > 0, "> 0"),
         "hnorm": _numbers(hnorm, "hnorm", systems, lambda v: (v >= 0) & (v < math.inf), ">= 0 and finite"),
     }
-    if debug:
-        relative, where = operator.asymmetry()
-        if relative > max(1e-6, 1e2 * torch.finfo(g.dtype).eps):
-            raise RuntimeError(f"capped_cg: A is not symmetric: {where}; the difference is {relative:.3g} of its terms")
-    with torch.no_grad():
-        g = g.detach().resolve_neg().contiguous()
-        # A power of two brings g to size one: its square neither under- nor overflows, and no bit of d changes.
-        size = torch.exp2(torch.frexp(g.abs().amax(-1, keepdim=True)).exponent.double() - 1)
-        if bool((g == 0).all(-1).any()):
-            raise ValueError(
-                "capped_cg: g: expected a vector that is not zero; at a stationary point there is no direction"
-            )
-        return _scaled_solve(operator, g, size, numbers, rule, max_iter, M_inv, check_every)
 
 
 def _scaled_solve(
     operator: LinearOperator, g: Tensor, size: Tensor, numbers: dict[str, Any], rule: Rule, max_iter: int | None,
-    M_inv: Any, check_every: int | None,
+    preconditioner: LinearOperator | None, check_every: int | None,
 ) -> CappedCGResult:  # fmt: skip
     """Solve for g / size where squares of g might be out of range, and scale back."""
     largest, smallest = float(size.max()), float(size.min())
@@ -434,16 +476,19 @@ def _scaled_solve(
         size = torch.ones_like(size)
     factor = size.to(g.dtype)
     scaled = g / factor
-    preconditioner = as_preconditioner(M_inv, operator, g, "capped_cg: M_inv")
-    solver = CappedSolver(g)
+    solver = CappedSolver(g, operator.ranks)
     scale = size.squeeze(-1).cpu().numpy()
     with np.errstate(over="ignore"):
         atol = numbers["atol"] / scale
     if not safe and rule == "truncated":  # it looks at the size of g, which the scaled system has no more
-        norm = scaled.double().norm(dim=-1).cpu().numpy()
+        squares = scaled.double().square().sum(-1)
+        if operator.ranks is not None:
+            operator.ranks.all_reduce_(squares)
+        norm = squares.sqrt().cpu().numpy()
         atol = np.fmin(atol, np.nextafter(norm * np.fmin(0.5, np.sqrt(norm) * np.sqrt(scale)), math.inf))
+    product = torch.empty_like(scaled)
     solver.solve(
-        operator.encode() if operator.is_native else lambda v: plain(operator.matvec(v)),
+        operator.encode() if operator.is_native else lambda v: _product(operator, v, product),
         scaled, numbers["damping"], numbers["rtol"], rule=rule, atol=atol,
         hnorm=numbers["hnorm"], max_iter=max_iter, M_inv=preconditioner, check_every=check_every,
     )  # fmt: skip
@@ -483,10 +528,11 @@ def _numbers(
     return float(array) if array.ndim == 0 else array
 
 
+def _product(operator: LinearOperator, v: Tensor, out: Tensor) -> Tensor:
+    """The product with an operator in Python: where it lies, or in memory of ours where ranks take part."""
+    return plain(operator.matvec(v)) if operator.ranks is None else operator.write_product(v, out)
+
+
 def plain(product: Tensor) -> Tensor:
     """The tensor with memory that native code may read: neither a lazy negation nor one of autograd's lazy zeros."""
     return product.clone() if product.is_neg() or product._is_zerotensor() else product
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.double(), b.double()))

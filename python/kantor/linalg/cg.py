@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable as CallableType
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,10 +25,12 @@ from torch import Tensor
 from kantor import _C
 from kantor._checks import check_finite, check_float, check_same, check_tensor, host_array, is_readable
 from kantor._progress import progress_bar
+from kantor._ranks import Ranks, largest, together
 from kantor._result import History, SolveResult, SolveStatus
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded, Hooks, hooks, run_cg
 from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg.diagonal import Diagonal
 from kantor.linalg.multigrid import Multigrid
 from kantor.linalg.preconditioners import as_preconditioner
 
@@ -86,7 +88,8 @@ def cg(
     Parameters
     ----------
     A : LinearOperator, Tensor, sparse tensor, scipy sparse matrix or LinearOperator, or callable
-        ``(n, n)``, symmetric positive definite; see :func:`as_operator`.
+        ``(n, n)``, symmetric positive definite; see :func:`as_operator`. With an operator of
+        :mod:`kantor.distributed` every rank calls with its own rows of b and x0, and gets its rows of x.
     b : Tensor
         ``(n,)``, or ``(..., n)`` for a batch solved at once, each system stopping by itself. On a grid operator also
         grid shaped, ``(..., nz, ny, nx)``. float32 or float64.
@@ -151,15 +154,21 @@ def cg(
     >>> bool((A.matvec(result.x) - b).norm() <= 1e-10 * b.norm())
     True
     """
-    check_tensor(b, "cg", "b")
-    check_float(b, "cg", "b")
-    operator = as_operator(A, like=b if b.ndim else None)
-    flat, restore = _flatten(operator, b)
-    _check_arguments(operator, b, x0, rtol, atol, maxiter, storage, interrupt)
+    ranks: Ranks | None = getattr(A, "ranks", None)
+    with together(ranks):
+        check_tensor(b, "cg", "b")
+        check_float(b, "cg", "b")
+        operator = as_operator(A, like=b if b.ndim else None)
+        flat, restore = _flatten(operator, b)
+        _check_arguments(operator, b, x0, rtol, atol, maxiter, storage, interrupt)
     flat = operator.admit(flat, "cg")
     start = None if x0 is None else operator.settle(x0.reshape(flat.shape))
     preconditioner = as_preconditioner(M, operator, flat)
-    limit = 10 * flat.shape[-1] if maxiter is None else min(int(maxiter), 2**62)
+    unknowns = flat.shape[-1]
+    if ranks is not None:
+        unknowns = int(ranks.sum(unknowns)[0])
+        _require_agreement(ranks, flat, start, preconditioner, rtol, atol, maxiter, storage)
+    limit = 10 * unknowns if maxiter is None else min(int(maxiter), 2**62)
     problem = _Problem(operator, preconditioner, flat, start, float(rtol), float(atol), limit)
 
     if not all(is_readable(tensor) for tensor in problem.tensors):
@@ -171,20 +180,23 @@ def cg(
         )
 
     started = time.perf_counter()
-    wants_gradient = torch.is_grad_enabled() and (
-        b.requires_grad or not operator.is_native or any(t.requires_grad for t in operator.encode().operands)
-    )
+    wants_gradient = torch.is_grad_enabled() and (b.requires_grad or operator.requires_grad)
     wants_gradient = wants_gradient or torch.autograd.forward_ad._current_level >= 0
+    if ranks is not None:
+        wants_gradient = bool(ranks.max(wants_gradient)[0])
     if wants_gradient or torch._C._are_functorch_transforms_active():
         _require_symmetric(operator)
     with progress_bar(progress, "cg", rtol) as bar:
-        monitor = _make_monitor(callback, bar if progress else None, rtol, atol, flat)
+        monitor = _make_monitor(callback, bar if progress else None, rtol, atol, flat, ranks)
         token = hooks.set(Hooks(monitor, interrupt == "return"))
         try:
-            x, direction, info, history = problem.solve(storage, wants_gradient)
-            while (safer := problem.with_safer_preconditioner(info)) is not None:
-                problem = safer
+            with nullcontext() if ranks is None else ranks.deferred_interrupts():
                 x, direction, info, history = problem.solve(storage, wants_gradient)
+                while (safer := problem.with_safer_preconditioner(info)) is not None:
+                    problem = safer
+                    x, direction, info, history = problem.solve(storage, wants_gradient)
+                if ranks is not None and bool((info[..., _native.STATUS] == _native.INTERRUPTED).any()):
+                    ranks.interrupted = False  # it has been answered
         finally:
             hooks.reset(token)
     x = operator.settle(x)
@@ -210,7 +222,11 @@ class _Problem:
 
     @property
     def is_native(self) -> bool:
-        return self.A.is_native and (self.M is None or self.M.is_native)
+        return self.A.is_native and (self.M is None or self.M.is_native) and self.ranks is None
+
+    @property
+    def ranks(self) -> Ranks | None:
+        return self.A.ranks
 
     def with_safer_preconditioner(self, info: Tensor) -> _Problem | None:
         """The same problem, where the preconditioner turned out indefinite and knows a safer form of itself."""
@@ -242,7 +258,7 @@ class _Problem:
         return x * size, direction, info, history
 
     def solve(self, storage: torch.dtype | None, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        refine = storage not in (None, self.b.dtype) and self.b.numel() > 0
+        refine = storage not in (None, self.b.dtype) and (self.b.numel() > 0 or self.ranks is not None)
         if self.is_native and not refine:
             return self._in_range(self._native)
         with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
@@ -258,17 +274,27 @@ class _Problem:
 
     def _called(self, b: Tensor, x0: Tensor | None, atol: float, maxiter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The native loop with Python callbacks for what is not native."""
-        apply = None if self.A.is_native else self.A.matvec
+        apply = None if self.A.is_native else self.A.write_product
         precondition = None if self.M is None or self.M.is_native else self.M.matvec
         A = self.A.encode() if apply is None else _NONE
         M = _NONE if self.M is None or precondition is not None else self.M.encode()
-        return run_cg(A, M, b, x0, self.rtol, atol, maxiter, apply=apply, precondition=precondition)
+        return run_cg(A, M, b, x0, self.rtol, atol, maxiter, apply=apply, precondition=precondition, ranks=self.ranks)
 
     def _start(self) -> Tensor | None:
         """x0, or zero for the systems whose solution is zero: no relative tolerance could be met on the way there."""
         if self.x0 is None or self.atol > 0:
             return self.x0
-        return torch.where((self.b == 0).all(-1, keepdim=True), torch.zeros_like(self.x0), self.x0)
+        nonzero = self.b.ne(0).any(-1, keepdim=True)
+        if self.ranks is not None:
+            nonzero = self.ranks.all_reduce_(nonzero.double(), "max") > 0
+        return torch.where(nonzero, self.x0, torch.zeros_like(self.x0))
+
+    def _norms(self, v: Tensor) -> Tensor:
+        """Norms of vectors (..., n) over all ranks, in their dtype."""
+        if self.ranks is None:
+            norms: Tensor = v.norm(dim=-1)
+            return norms
+        return self.ranks.all_reduce_(v.double().square().sum(-1)).sqrt().to(v.dtype)
 
     def _in_range(self, solver: CallableType[..., Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Solve; where squares of b under- or overflow, solve for b times a power of two instead."""
@@ -277,13 +303,17 @@ class _Problem:
             return self._rescaled(solver, x0, torch.ones_like(self.b[..., :1], dtype=torch.bool))
         x, direction, info, history = solver(self.b, x0, self.atol, self.maxiter)
         if bool((info[..., _native.STATUS] >= _native.BREAKDOWN).any()):
-            check_finite(self.b, "cg", "b")
-            if x0 is not None:
-                check_finite(x0, "cg", "x0")
+            self._check_finite(x0)
         bad = info.detach()[..., _native.STATUS, None] == _native.BAD_SCALE
         if not bool(bad.any()):
             return x, direction, info, history
         return self._rescaled(solver, x0, bad)
+
+    def _check_finite(self, x0: Tensor | None) -> None:
+        with together(self.ranks):
+            check_finite(self.b, "cg", "b")
+            if x0 is not None:
+                check_finite(x0, "cg", "x0")
 
     def _leaves_the_range_of_the_cycle(self) -> bool:
         """Whether a preconditioner of single precision would see residuals of double vectors vanish or overflow."""
@@ -296,7 +326,7 @@ class _Problem:
         self, solver: CallableType[..., Any], x0: Tensor | None, bad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Solve with the systems that are marked brought to size one."""
-        exponents = torch.where(bad, _exponents(self.b, x0), 0)
+        exponents = torch.where(bad, _exponents(self.b, x0, self.ranks), 0)
         if self.atol > 0:  # one tolerance for all systems allows one scale only
             exponents = torch.full_like(exponents, int(exponents[bad].max()))
         atol = _scaled(torch.tensor(self.atol, dtype=torch.float64), -exponents.flatten()[0]).item()
@@ -318,18 +348,18 @@ class _Problem:
         assert storage is not None
         A = self.A.to(storage)
         M = None if self.M is None else self.M.to(storage)
-        check_finite(self.b, "cg", "b")
         x0 = self._start()
-        if x0 is not None:
-            check_finite(x0, "cg", "x0")
-        exponents = _exponents(self.b, x0)  # every system is solved at size one, out of reach of under- and overflow
+        self._check_finite(x0)
+        exponents = _exponents(
+            self.b, x0, self.ranks
+        )  # every system is solved at size one, out of reach of under- and overflow
         b = _scaled(self.b, -exponents)
         x = torch.zeros_like(b) if x0 is None else _scaled(x0, -exponents)
-        b_norm = b.norm(dim=-1)
+        b_norm = self._norms(b)
         atol = _scaled(torch.full_like(b_norm, self.atol).unsqueeze(-1), -exponents).squeeze(-1)
         target = torch.maximum(self.rtol * b_norm, atol)
         residual = b - self.A.matvec(x) if x0 is not None else b
-        norm = residual.norm(dim=-1)
+        norm = self._norms(residual)
         if bool((norm <= target).all()):
             return self._in_range(self._native if self.is_native else self._called)
         used = 0
@@ -351,7 +381,7 @@ class _Problem:
                 legs.append((history * scale, info))
                 x = x + correction.to(x.dtype) * scale
                 residual = b - self.A.matvec(x)
-                previous, norm = norm, residual.norm(dim=-1)
+                previous, norm = norm, self._norms(residual)
                 met, status = norm <= target, info[..., _native.STATUS]
                 # A leg that stagnates has reached the rounding level of `storage`; the next starts from a new residual.
                 ended = (status > 2) & (status != 5)
@@ -361,7 +391,7 @@ class _Problem:
             except KeyboardInterrupt:  # in Python code; in native code it ends the leg
                 if not hooks.get().return_on_interrupt:
                     raise
-                norm = (b - self.A.matvec(x)).norm(dim=-1)
+                norm = self._norms(b - self.A.matvec(x))
                 met, status = norm <= target, torch.full_like(norm, _native.INTERRUPTED)
                 ended = torch.ones_like(met)
                 break
@@ -378,7 +408,7 @@ class _Problem:
 
     def _attach_gradient(self, x: Tensor) -> Tensor:
         """Give the solution its implicit derivative: x + A^-1 (b - A x), whose second part is zero."""
-        if self.A.is_native:
+        if self.A.is_native and self.ranks is None:
             M = self.M.encode() if self.M is not None and self.M.is_native else _NONE
             result: tuple[Tensor, ...] = _native.cg(*self.A.encode(), *M, self.b, x.detach(), self.rtol, self.atol, 0)
             return result[0]
@@ -407,12 +437,12 @@ class _CallableSolve(torch.autograd.Function):
         return x, None
 
 
-def _exponents(b: Tensor, x0: Tensor | None) -> Tensor:
+def _exponents(b: Tensor, x0: Tensor | None, ranks: Ranks | None = None) -> Tensor:
     """Per system the power of two next to its largest entry, shape (..., 1); 0 for a system of zeros."""
-    largest = b.detach().abs().amax(-1, keepdim=True)
+    size = largest(b.detach(), ranks)
     if x0 is not None:
-        largest = torch.maximum(largest, x0.detach().abs().amax(-1, keepdim=True))
-    return torch.frexp(largest).exponent
+        size = torch.maximum(size, largest(x0.detach(), ranks))
+    return torch.frexp(size).exponent
 
 
 def _scaled(t: Tensor, exponents: Tensor) -> Tensor:
@@ -484,6 +514,18 @@ def _check_arguments(
         raise ValueError(f"cg: interrupt: expected 'raise' or 'return', got {interrupt!r}")
 
 
+def _require_agreement(
+    ranks: Ranks, b: Tensor, x0: Tensor | None, M: LinearOperator | None, rtol: float, atol: float, maxiter: Any,
+    storage: Any,
+) -> None:  # fmt: skip
+    """Whatever decides how many sums are exchanged, and when, must be the same on all ranks."""
+    form = 0 if M is None else 1 if isinstance(M, Diagonal) else 2
+    ranks.agree(
+        "cg", **{"b: number of systems": math.prod(b.shape[:-1]), "x0 (given or not)": x0 is not None},
+        M=form, rtol=rtol, atol=atol, maxiter=-1 if maxiter is None else maxiter, storage=storage is torch.float32,
+    )  # fmt: skip
+
+
 def _require_symmetric(A: LinearOperator) -> None:
     """Looked at only when it matters: for the adjoint solve, and to explain a failure."""
     relative, where = A.asymmetry()
@@ -495,11 +537,20 @@ def _require_symmetric(A: LinearOperator) -> None:
 
 
 def _make_monitor(
-    callback: CallableType[[IterationInfo], bool | None] | None, bar: Any, rtol: float, atol: float, b: Tensor
-) -> CallableType[[int, float], bool] | None:
-    if callback is None and bar is None:
+    callback: CallableType[[IterationInfo], bool | None] | None, bar: Any, rtol: float, atol: float, b: Tensor,
+    ranks: Ranks | None = None,
+) -> CallableType[[int, float], bool] | None:  # fmt: skip
+    watched = callback is not None or bar is not None
+    if ranks is not None:  # one rank that watches makes all of them look, so that they look at the same iterations
+        watched = bool(ranks.max(watched)[0])
+    if not watched:
         return None
-    target = max(rtol * float(b.detach().norm(dim=-1).max()), atol) if bar is not None and b.numel() else atol
+    target = atol
+    if bar is not None or ranks is not None:
+        squares = b.detach().double().square().sum(-1)
+        if ranks is not None:
+            ranks.all_reduce_(squares)
+        target = max(rtol * math.sqrt(float(squares.max())), atol) if squares.numel() else atol
 
     def monitor(iteration: int, residual_norm: float) -> bool:
         if bar is not None:

@@ -24,7 +24,7 @@ from kantor._progress import progress_bar
 from kantor._result import SolveResult, SolveStatus
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded
-from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg._operator import LinearOperator, as_operator, require_one_process
 from kantor.linalg.cg import _STATUSES, IterationInfo, _exponents, _history, _make_monitor, _scaled
 
 PATIENCE = 5  # with the map: see csrc/linalg/flexible_cg.h
@@ -259,6 +259,7 @@ def admitted(name: str, A: Any, b: Any, x0: Any) -> tuple[LinearOperator, Tensor
     check_tensor(b, name, "b")
     check_float(b, name, "b")
     operator = as_operator(A, like=b if b.ndim else None)
+    require_one_process(operator, name)
     rows, cols = operator.shape
     if rows != cols:
         raise ValueError(f"{name}: A: expected a square operator, got {rows} x {cols}")

@@ -16,7 +16,7 @@ from kantor._ops import backend
 from kantor._result import SolveStatus
 from kantor.linalg import _native
 from kantor.linalg._native import Encoded
-from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg._operator import LinearOperator, as_operator, require_one_process
 from kantor.linalg.capped_cg import plain
 from kantor.linalg.diagonal import Diagonal
 
@@ -121,6 +121,7 @@ def multishift_cg(
     check_tensor(b, "multishift_cg", "b")
     check_float(b, "multishift_cg", "b")
     operator = as_operator(A, like=b if b.ndim else None)
+    require_one_process(operator, "multishift_cg")
     n = operator.shape[0]
     if tuple(b.shape) != (n,) or operator.shape[1] != n:
         raise ValueError(

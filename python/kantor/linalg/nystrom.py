@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kantor.linalg._native import Encoded
-from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg._operator import LinearOperator, as_operator, require_one_process
 from kantor.linalg.diagonal import Diagonal
 from kantor.linalg.low_rank import LowRank
 
@@ -113,6 +113,7 @@ def nystrom(
     True
     """
     operator = as_operator(A, like=like)
+    require_one_process(operator, "nystrom")
     n = operator.shape[0]
     if not (isinstance(rank, int) and 1 <= rank <= n):
         raise ValueError(f"nystrom: rank: expected an integer from 1 to {n}, got {rank!r}")

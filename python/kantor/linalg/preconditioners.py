@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kantor._errors import NumericalBreakdown
 from kantor.linalg import _native
 from kantor.linalg._native import INCOMPLETE_CHOLESKY, Encoded
 from kantor.linalg._operator import LinearOperator, as_operator
+from kantor.linalg.callable import Callable
 from kantor.linalg.diagonal import Diagonal
 from kantor.linalg.poisson_grid import PoissonGrid
 
@@ -195,13 +197,24 @@ def _multigrid(A: LinearOperator) -> LinearOperator:
 
 def as_preconditioner(M: Any, A: LinearOperator, like: Tensor, name: str = "cg: M") -> LinearOperator | None:
     """Resolve the argument `name` of a solver: None, a name, an operator or a callable."""
+    if A.ranks is not None:
+        solver, _, argument = name.partition(": ")
+        kind = 0 if M is None else 2 + zlib.crc32(M.encode()) if isinstance(M, str) else 1
+        A.ranks.agree(solver, **{argument: kind})
     if M is None:
         return None
     if isinstance(M, str):
         builders = {"jacobi": jacobi, "ic0": ic0, "multigrid": _multigrid}
         if M not in builders:
             raise ValueError(f"{name}: expected 'jacobi', 'ic0', 'multigrid', an operator or a callable, got {M!r}")
-        return builders[M](A)
+        if M == "multigrid" or A.ranks is None:
+            return builders[M](A)
+        with A.ranks.together():  # of this rank's rows and columns alone: block Jacobi
+            return (
+                builders[M](A)
+                if A.shape[0] or M == "jacobi"
+                else Callable(torch.clone, 0, dtype=A.dtype, device=A.device)
+            )
     operator = as_operator(M, like=like)
     if operator.shape != A.shape:
         raise ValueError(f"{name}: expected shape {A.shape}, got {operator.shape}")

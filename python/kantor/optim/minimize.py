@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from kantor._ranks import Ranks
 from kantor.optim import arncg as _arncg
 from kantor.optim._delegates import DELEGATED, minimize_delegated
 from kantor.optim._objective import Objective
-from kantor.optim._recorder import Callback, Limits, warn_unless_converged
+from kantor.optim._recorder import Callback, IterationInfo, Limits, warn_unless_converged
 from kantor.optim._result import OptimizeResult
 from kantor.optim.gns import minimize_gns
 
@@ -84,7 +87,8 @@ def minimize(
         The first dimension of x0 counts independent problems, which are solved at once (``arncg`` only).
     callback : callable, optional
         ``callback(info)`` after every accepted step with ``info.iteration, x, fun, grad_norm, n_fun, n_grad, n_hvp``;
-        returning True stops.
+        returning True stops. With :func:`kantor.distributed.sum_over_ranks` it may be given on one rank alone, and
+        stops all.
     progress : bool
         Show a progress bar (tqdm when installed, else log records).
     interrupt : "raise" or "return"
@@ -144,36 +148,64 @@ def minimize(
         own |= {"resume": resume, "batched": batched or None, "preset": None if preset == "economy" else preset}
         if given := [name for name, value in own.items() if value is not None]:
             raise ValueError(f"minimize: {', '.join(given)}: for method='arncg' only, got method={method!r}")
-    if method == "gns":
-        result = minimize_gns(
-            fun, x0, grad=grad, hvp=hvp, tol=tol, max_iter=limits.max_iter, max_hvp=limits.max_hvp,
-            max_seconds=limits.max_seconds, callback=callback, progress=progress, interrupt=interrupt, **options,
-        )  # fmt: skip
-    elif method == "arncg":
-        chosen = _arncg.options(
-            preset,
-            tol=tol,
-            theta=theta,
-            policy=policy,
-            fallback=fallback,
-            rule=rule,
-            curvature_tol=curvature_tol,
-            **options,
-        )
-        objective = Objective("minimize", fun, x0, grad, hvp, batched=batched)
-        result = _arncg.run(
-            objective, chosen, limits, preconditioner=preconditioner, resume=resume, callback=callback,
-            progress=progress, interrupt=interrupt,
-        )  # fmt: skip
-    else:
-        objective = Objective("minimize", fun, x0, grad, hvp, second_order=method != "lbfgs")
-        result = minimize_delegated(
-            objective, method, tol=tol, limits=limits, callback=callback, progress=progress, interrupt=interrupt,
-            options=options,
-        )  # fmt: skip
+    ranks: Ranks | None = getattr(fun, "ranks", None)
+    if ranks is not None:
+        callback = _callback_of_ranks(ranks, x0, callback, max_seconds)
+    with nullcontext() if ranks is None else ranks.deferred_interrupts():
+        if method == "gns":
+            result = minimize_gns(
+                fun, x0, grad=grad, hvp=hvp, tol=tol, max_iter=limits.max_iter, max_hvp=limits.max_hvp,
+                max_seconds=limits.max_seconds, callback=callback, progress=progress, interrupt=interrupt, **options,
+            )  # fmt: skip
+        elif method == "arncg":
+            chosen = _arncg.options(
+                preset,
+                tol=tol,
+                theta=theta,
+                policy=policy,
+                fallback=fallback,
+                rule=rule,
+                curvature_tol=curvature_tol,
+                **options,
+            )
+            objective = Objective("minimize", fun, x0, grad, hvp, batched=batched)
+            result = _arncg.run(
+                objective, chosen, limits, preconditioner=preconditioner, resume=resume, callback=callback,
+                progress=progress, interrupt=interrupt,
+            )  # fmt: skip
+        else:
+            objective = Objective("minimize", fun, x0, grad, hvp, second_order=method != "lbfgs")
+            result = minimize_delegated(
+                objective, method, tol=tol, limits=limits, callback=callback, progress=progress, interrupt=interrupt,
+                options=options,
+            )  # fmt: skip
     if method != "gns":  # which has warned
         warn_unless_converged(result, "minimize")
     return result
+
+
+def _callback_of_ranks(ranks: Ranks, x0: Any, callback: Callback | None, max_seconds: Any) -> Callback:
+    """The callback of a function that is summed over ranks: what ends one of them ends all at the same step.
+
+    Raises ValueError on every rank where they would part ways: x0 that differs, or a clock that decides.
+    """
+    start = torch.as_tensor(x0).detach().reshape(-1).double()
+    ranks.agree("minimize", max_seconds=max_seconds is not None, **{"x0: number of unknowns": start.numel()})
+    if max_seconds is not None:
+        raise ValueError("minimize: max_seconds: expected None, for the ranks' clocks differ; use max_iter or max_hvp")
+    both = ranks.all_reduce_(torch.cat([start, -start]), "max")
+    if not torch.equal(both[: start.numel()], -both[start.numel() :]) and bool(both.isfinite().all()):
+        raise ValueError("minimize: x0: expected the same numbers on every rank; seed the generators alike")
+
+    def shared(info: IterationInfo) -> bool:
+        answer = None if callback is None else callback(info)
+        stop, interrupted = ranks.max(isinstance(answer, bool | np.bool_) and bool(answer), ranks.interrupted)
+        if interrupted:
+            ranks.interrupted = False
+            raise KeyboardInterrupt
+        return bool(stop)
+
+    return shared
 
 
 def _limits(tol: Any, max_iter: Any, max_hvp: Any, max_seconds: Any) -> Limits:
