@@ -78,7 +78,7 @@ def measure(ranks: Ranks, side: int, planes: int, repeats: int) -> dict[str, Any
             cg(A, b, rtol=0.0, maxiter=iterations)
 
     def in_turn() -> None:
-        ghosts = S._start_exchange(x)()
+        ghosts = S._halo.start(x)()
         torch.add(S.own.matvec(x), 0, out=y)
         y.index_add_(-1, S._touched, S._coupling.matvec(ghosts))
 
@@ -90,7 +90,7 @@ def measure(ranks: Ranks, side: int, planes: int, repeats: int) -> dict[str, Any
         lambda: solve(S, ITERATIONS),
         lambda: [in_turn() for _ in range(ITERATIONS)],
         lambda: [overlapped() for _ in range(ITERATIONS)],
-        lambda: [S._start_exchange(x)() for _ in range(ITERATIONS)],
+        lambda: [S._halo.start(x)() for _ in range(ITERATIONS)],
         lambda: [ranks.all_reduce_(sums) for _ in range(2 * ITERATIONS)],
     ]
     if ranks.size == 1:

@@ -174,17 +174,18 @@ void bind_propagate_gradients(const Tensor& rowptr, const Tensor& col, const Ten
   });
 }
 
-void bind_dropout_mask(const Tensor& mask, int64_t step, double dropout, int64_t seed, int threads) {
+void bind_dropout_mask(const Tensor& mask, int64_t step, double dropout, int64_t seed, int64_t first_row, int threads) {
   require(mask.ndim == 2, "dropout_mask: expected shape (n, d)");
   switch_float(mask, "mask", [&]<class T>(T) {
     T* data = elements<T>(mask, "mask").data();
     const Exec exec = exec_for(mask, threads);
+    const int64_t n = mask.shape[0], d = mask.shape[1];
+    const uint64_t key = static_cast<uint64_t>(seed);
     py::gil_scoped_release nogil;
     if constexpr (cuda_code_built)
-      if (use_cuda_code(mask))
-        return dropout_mask_cuda(exec, mask.shape[0], mask.shape[1], step, dropout, static_cast<uint64_t>(seed), data);
+      if (use_cuda_code(mask)) return dropout_mask_cuda(exec, first_row, n, d, step, dropout, key, data);
     (void)use_cuda_code(mask);
-    dropout_mask_cpu(exec, mask.shape[0], mask.shape[1], step, dropout, static_cast<uint64_t>(seed), data);
+    dropout_mask_cpu(exec, first_row, n, d, step, dropout, key, data);
   });
 }
 

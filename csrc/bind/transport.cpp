@@ -69,9 +69,9 @@ std::unique_ptr<Passes> make_passes(const CostArgs& args, int threads) {
         require(workspace.dtype == Dtype::u8 && workspace.size() >= transport_workspace_bytes(cost.n, cost.m),
                 "transport: on CUDA the last operand is the workspace");
         cost.workspace = workspace.data;
-        return make_passes_cuda<T>(exec, cost);
+        if (cost.n > 0) return make_passes_cuda<T>(exec, cost);
       }
-    (void)use_cuda_code(args.operands[0]);
+    (void)use_cuda_code(args.operands[0]);  // without rows nothing is read
     return make_passes_cpu<T>(exec, cost);
   });
 }
@@ -126,14 +126,14 @@ struct Task {
   }
 };
 
-Task read_task(const py::tuple& source) {
+Task read_task(const py::tuple& source, bool alone) {
   require(source.size() == 6, "transport: a problem is (cost, a, b, numbers, f, g)");
   Task task;
   task.cost = read_cost(source[0].cast<py::tuple>());
   task.numbers = source[3].cast<std::vector<double>>();
   require(task.numbers.size() == 7, "transport: a problem has seven numbers");
   const int64_t n = task.cost.layout.at(1), m = task.cost.layout.at(2);
-  require(n > 0 && m > 0, "transport: a problem needs a row and a column of positive mass");
+  require((n > 0 || !alone) && m > 0, "transport: a problem needs a row and a column of positive mass");
   task.a = doubles(source[1].cast<Tensor>(), n, "a");
   task.b = doubles(source[2].cast<Tensor>(), m, "b");
   task.f = doubles(source[4].cast<Tensor>(), n, "f");
@@ -150,12 +150,29 @@ Outcome run(const std::string& method, Passes& passes, const Task& task, const O
   return sinkhorn(passes, problem, options, monitor, task.f.data(), task.g.data());
 }
 
+// (memory, sums, maxima, rank, size): sums(count) and maxima(count) reduce the first numbers of the memory in place.
+RowRanks read_ranks(const py::object& source) {
+  if (source.is_none()) return {};
+  const py::tuple parts = source.cast<py::tuple>();
+  const Tensor memory = parts[0].cast<Tensor>();
+  double* numbers = doubles(memory, memory.size(), "ranks").data();
+  const auto reduction = [&](py::object call) {
+    return AllReduce{numbers, [call = std::move(call)](int64_t count) {
+                       py::gil_scoped_acquire gil;
+                       call(count);
+                     }};
+  };
+  return {reduction(parts[1]), reduction(parts[2]), memory.size(), parts[3].cast<int>(), parts[4].cast<int>()};
+}
+
 // options: tol, max_iter, first_eps, entry_limit, sinkhorn_first, relaxation, warm_up, density, scaling.
-// Several problems on the CPU run side by side, one thread each.
+// Several problems on the CPU run side by side, one thread each. With ranks there is one problem, and its rows are
+// those of this rank.
 py::list bind_solve(const std::string& method, const py::list& sources, const std::vector<double>& numbers,
-                    const py::object& user, int threads) {
+                    const py::object& user, int threads, const py::object& ranks) {
   std::vector<Task> tasks;
-  for (const py::handle& source : sources) tasks.push_back(read_task(source.cast<py::tuple>()));
+  for (const py::handle& source : sources) tasks.push_back(read_task(source.cast<py::tuple>(), ranks.is_none()));
+  require(ranks.is_none() || (tasks.size() == 1 && method != "sns"), "transport: over ranks, one problem; no sns");
   require(numbers.size() == 9, "transport: nine options are expected");
   Options options;
   options.tol = numbers[0], options.max_iter = static_cast<int64_t>(numbers[1]), options.first_eps = numbers[2];
@@ -172,6 +189,7 @@ py::list bind_solve(const std::string& method, const py::list& sources, const st
   std::atomic<bool> interrupted{false};
   std::vector<std::unique_ptr<Passes>> passes;
   for (const Task& task : tasks) passes.push_back(make_passes(task.cost, options.threads));
+  if (!ranks.is_none()) passes[0]->ranks = read_ranks(ranks);
   const auto solve_one = [&](int64_t k, bool main_thread) {
     Passes& mine = *passes[k];
     if (main_thread) {
@@ -193,11 +211,28 @@ py::list bind_solve(const std::string& method, const py::list& sources, const st
       }
       return Status::running;
     };
+    // What one rank wants the others hear at the next reduction.
+    const Monitor monitor_of_ranks = [&](int64_t step, double eps, double error) {
+      Status answer = Status::running;
+      mine.ranks.own([&] { answer = monitor(step, eps, error); });
+      if (answer == Status::interrupted) mine.ranks.interrupt();
+      if (answer == Status::stopped) mine.ranks.stop();
+      return Status::running;
+    };
     if (interrupted) {
       outcomes[k].status = Status::interrupted;
       return;
     }
-    outcomes[k] = run(method, mine, tasks[k], options, monitor);
+    if (mine.ranks.alone()) {
+      outcomes[k] = run(method, mine, tasks[k], options, monitor);
+      return;
+    }
+    try {
+      outcomes[k] = run(method, mine, tasks[k], options, monitor_of_ranks);
+      mine.ranks.settle();
+    } catch (const Interrupted& reason) {
+      outcomes[k].status = reason.by_callback ? Status::stopped : Status::interrupted;
+    } catch (const OtherRankFailed&) { outcomes[k].status = Status::failed; }
   };
   {
     py::gil_scoped_release nogil;
@@ -255,7 +290,7 @@ void bind_apply(const py::tuple& cost, double eps, const Tensor& f, const Tensor
                 bool transposed, int threads) {
   with_passes(cost, threads, [&](Passes& passes) {
     const int64_t rows = transposed ? passes.n : passes.m, others = transposed ? passes.m : passes.n;
-    const int64_t k = V.size() / std::max<int64_t>(rows, 1);
+    const int64_t k = V.ndim == 2 ? V.shape[1] : 1;
     const double* from = doubles(V, rows * k, "V").data();
     double* to = doubles(out, others * k, "out").data();
     const double *f_of = doubles(f, passes.n, "f").data(), *g_of = doubles(g, passes.m, "g").data();
@@ -331,7 +366,8 @@ py::tuple bind_linear_solve(const Tensor& row_start, const Tensor& column, const
 }  // namespace
 
 void bind_transport(py::module_& m) {
-  m.def("transport_solve", &bind_solve);
+  m.def("transport_solve", &bind_solve, py::arg("method"), py::arg("tasks"), py::arg("options"), py::arg("monitor"),
+        py::arg("threads"), py::arg("ranks") = py::none());
   m.def("transport_extract", &bind_extract);
   m.def("transport_apply", &bind_apply);
   m.def("transport_values", &bind_values);

@@ -37,15 +37,19 @@ struct Dropout {
   uint64_t seed = 0;
   uint32_t threshold = 0;  // floor(p 2^32)
   T scale = 1;             // 1 / (1 - p)
+  uint32_t first_row = 0;  // of all rows, where row 0 here is one in their midst
 
   Dropout() = default;
-  Dropout(double p, uint64_t seed_)
-      : seed(seed_), threshold(static_cast<uint32_t>(p * 4294967296.0)), scale(static_cast<T>(1.0 / (1.0 - p))) {}
+  Dropout(double p, uint64_t seed_, int64_t first_row_ = 0)
+      : seed(seed_),
+        threshold(static_cast<uint32_t>(p * 4294967296.0)),
+        scale(static_cast<T>(1.0 / (1.0 - p))),
+        first_row(static_cast<uint32_t>(first_row_)) {}
 
   bool active() const { return threshold > 0; }
   KANTOR_HD Philox bits(int64_t column_block, int64_t row, int64_t step) const {
-    return philox(seed, static_cast<uint32_t>(column_block), static_cast<uint32_t>(row), static_cast<uint32_t>(step),
-                  0);
+    return philox(seed, static_cast<uint32_t>(column_block), first_row + static_cast<uint32_t>(row),
+                  static_cast<uint32_t>(step), 0);
   }
   KANTOR_HD T factor(uint32_t random) const { return random >= threshold ? scale : T(0); }
 };

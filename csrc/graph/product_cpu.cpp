@@ -34,8 +34,9 @@ void edge_dot_cpu(const Exec& exec, const Pattern& pattern, int64_t d, const T* 
 }
 
 template <class T>
-void dropout_mask_cpu(const Exec& exec, int64_t n, int64_t d, int64_t step, double dropout, uint64_t seed, T* mask) {
-  const Dropout<T> factors(dropout, seed);
+void dropout_mask_cpu(const Exec& exec, int64_t first_row, int64_t n, int64_t d, int64_t step, double dropout,
+                      uint64_t seed, T* mask) {
+  const Dropout<T> factors(dropout, seed, first_row);
   parallel_region(threads_for(exec.threads, n * d), [&](int worker, int workers) {
     const Range rows = share(n, worker, workers);
     for (int64_t first = 0; first < d; first += max_width<T>) {
@@ -48,7 +49,7 @@ void dropout_mask_cpu(const Exec& exec, int64_t n, int64_t d, int64_t step, doub
 #define KANTOR_INSTANTIATE(T)                                                               \
   template void product_cpu(const Exec&, const Pattern&, const T*, int64_t, const T*, T*);  \
   template void edge_dot_cpu(const Exec&, const Pattern&, int64_t, const T*, const T*, T*); \
-  template void dropout_mask_cpu(const Exec&, int64_t, int64_t, int64_t, double, uint64_t, T*);
+  template void dropout_mask_cpu(const Exec&, int64_t, int64_t, int64_t, int64_t, double, uint64_t, T*);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
 #undef KANTOR_INSTANTIATE

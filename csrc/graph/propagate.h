@@ -85,8 +85,10 @@ void propagate_gradients_cuda(const Exec& exec, const Recurrence<T>& recurrence,
 
 // The mask m_k itself, (n, d), for step k.
 template <class T>
-void dropout_mask_cpu(const Exec& exec, int64_t n, int64_t d, int64_t step, double dropout, uint64_t seed, T* mask);
+void dropout_mask_cpu(const Exec& exec, int64_t first_row, int64_t n, int64_t d, int64_t step, double dropout,
+                      uint64_t seed, T* mask);
 template <class T>
-void dropout_mask_cuda(const Exec& exec, int64_t n, int64_t d, int64_t step, double dropout, uint64_t seed, T* mask);
+void dropout_mask_cuda(const Exec& exec, int64_t first_row, int64_t n, int64_t d, int64_t step, double dropout,
+                       uint64_t seed, T* mask);
 
 }  // namespace kantor

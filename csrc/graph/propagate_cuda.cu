@@ -177,10 +177,11 @@ void propagate_cuda(const Exec& exec, const Recurrence<T>& r, int64_t d, const T
 }
 
 template <class T>
-void dropout_mask_cuda(const Exec& exec, int64_t n, int64_t d, int64_t step, double p, uint64_t seed, T* mask) {
+void dropout_mask_cuda(const Exec& exec, int64_t first_row, int64_t n, int64_t d, int64_t step, double p, uint64_t seed,
+                       T* mask) {
   if (n * d == 0) return;
   const simt::DeviceGuard guard(exec.device);
-  launch_drop<T>(exec, n, d, 0, Dropout<T>(p, seed), step, {}, {mask, d});
+  launch_drop<T>(exec, n, d, 0, Dropout<T>(p, seed, first_row), step, {}, {mask, d});
 }
 
 #define KANTOR_INSTANTIATE(T)                                                                                  \
@@ -192,7 +193,7 @@ void dropout_mask_cuda(const Exec& exec, int64_t n, int64_t d, int64_t step, dou
   template void edge_dot_cuda(const Exec&, const Pattern&, int64_t, const T*, const T*, T*);                   \
   template int64_t propagate_workspace_cuda(const Exec&, const Recurrence<T>&, int64_t);                       \
   template void propagate_cuda(const Exec&, const Recurrence<T>&, int64_t, const T*, T*, T*);                  \
-  template void dropout_mask_cuda(const Exec&, int64_t, int64_t, int64_t, double, uint64_t, T*);
+  template void dropout_mask_cuda(const Exec&, int64_t, int64_t, int64_t, int64_t, double, uint64_t, T*);
 KANTOR_INSTANTIATE(float)
 KANTOR_INSTANTIATE(double)
 #undef KANTOR_INSTANTIATE

@@ -32,6 +32,7 @@ enum class Status : int {
   interrupted = 5,
   stopped = 6,
   overflow = 7,
+  failed = 8,  // another rank did
 };
 
 enum class Step : int { sinkhorn = 0, newton = 1 };

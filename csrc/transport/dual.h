@@ -30,7 +30,11 @@ class Dual {
   };
 
   Dual(Passes& passes, const Problem& problem, Outcome& outcome)
-      : passes_(passes), problem_(problem), outcome_(outcome), work_(std::max(passes.n, passes.m)) {
+      : passes_(passes),
+        ranks_(passes.ranks),
+        problem_(problem),
+        outcome_(outcome),
+        work_(std::max(passes.n, passes.m)) {
     n_ = passes.n;
     m_ = passes.m;
     log_a_.resize(n_);
@@ -38,10 +42,15 @@ class Dual {
     for (int64_t i = 0; i < n_; ++i) log_a_[i] = std::log(problem.a[i]);
     for (int64_t j = 0; j < m_; ++j) log_b_[j] = std::log(problem.b[j]);
     const auto [low, high] = std::minmax_element(log_b_.begin(), log_b_.end());
-    const auto [low_a, high_a] = std::minmax_element(log_a_.begin(), log_a_.end());
+    double high_a = -unlimited, minus_low_a = -unlimited;
+    for (const double value : log_a_) {
+      high_a = std::max(high_a, value);
+      minus_low_a = std::max(minus_low_a, -value);
+    }
+    ranks_.largest({{&high_a, 1}, {&minus_low_a, 1}});
+    const double rows = static_cast<double>(ranks_.place(n_).total);
     // What a row leaves out must not matter to any column.
-    cutoff_ = std::min(
-        700.0, 45 + std::max(*high_a - std::min(*low, *low_a), *high - *low) + std::log(static_cast<double>(n_)));
+    cutoff_ = std::min(700.0, 45 + std::max(high_a - std::min(*low, -minus_low_a), *high - *low) + std::log(rows));
     set_eps(problem.eps);
   }
 
@@ -82,10 +91,13 @@ class Dual {
     p.f.resize(n_);
     p.log_sums.resize(n_);
     p.column_sums.resize(m_);
-    passes_.sweep(eps_, cutoff_, p.g.data(), offset_.data(), slope_a_, p.log_sums.data(), p.f.data(),
-                  p.column_sums.data());
+    ranks_.own([&] {
+      passes_.sweep(eps_, cutoff_, p.g.data(), offset_.data(), slope_a_, p.log_sums.data(), p.f.data(),
+                    p.column_sums.data());
+    });
     ++outcome_.passes;
-    finish(p);
+    double row_error = 0;
+    finish(p, row_error);
     return p;
   }
 
@@ -99,12 +111,15 @@ class Dual {
     p.f.resize(n_);
     p.log_sums.resize(n_);
     p.column_sums.resize(m_);
-    passes_.sweep(eps_, cutoff_, p.g.data(), offset.data(), relaxation, p.log_sums.data(), p.f.data(),
-                  p.column_sums.data());
+    ranks_.own([&] {
+      passes_.sweep(eps_, cutoff_, p.g.data(), offset.data(), relaxation, p.log_sums.data(), p.f.data(),
+                    p.column_sums.data());
+    });
     ++outcome_.passes;
-    finish(p);
     for (int64_t i = 0; i < n_; ++i) work_[i] = std::abs(std::exp(p.f[i] / eps_ + p.log_sums[i]) - problem_.a[i]);
-    p.error += tree_sum(work_.data(), n_) / p.mass;
+    double row_error = tree_sum(work_.data(), n_);
+    finish(p, row_error);
+    p.error += row_error / p.mass;
     return p;
   }
 
@@ -139,7 +154,8 @@ class Dual {
       log_t[j] = std::log(p.column_sums[j]) - p.g[j] / eps_;
     }
     if (!exact) {
-      passes_.column_log_sums(eps_, p.f.data(), log_t.data());
+      ranks_.own([&] { passes_.column_log_sums(eps_, p.f.data(), log_t.data()); });
+      ranks_.log_sum(log_t.data(), m_);
       ++outcome_.passes;
     }
     for (int64_t j = 0; j < m_; ++j) {
@@ -152,22 +168,26 @@ class Dual {
  private:
   // s that maximises A(f + s) + B(g - s): the masses that both penalties ask for agree.
   double translation(const Point& p) const {
-    const auto log_mass = [](int64_t count, double power, const std::vector<double>& log_w,
+    RowRanks columns;  // which all have
+    const auto log_mass = [](RowRanks& ranks, int64_t count, double power, const std::vector<double>& log_w,
                              const std::vector<double>& potential, double rho) {
       double largest = -unlimited, sum = 0;
       const auto exponent = [&](int64_t i) {
         return std::isinf(rho) ? log_w[i] : power * log_w[i] - potential[i] / rho;
       };
       for (int64_t i = 0; i < count; ++i) largest = std::max(largest, exponent(i));
+      ranks.largest({{&largest, 1}});
       for (int64_t i = 0; i < count; ++i) sum += std::exp(exponent(i) - largest);
+      ranks.sum({{&sum, 1}});
       return largest + std::log(sum);
     };
-    const double gap =
-        log_mass(n_, power_a_, log_a_, p.f, problem_.rho_a) - log_mass(m_, power_b_, log_b_, p.g, problem_.rho_b);
+    const double gap = log_mass(ranks_, n_, power_a_, log_a_, p.f, problem_.rho_a) -
+                       log_mass(columns, m_, power_b_, log_b_, p.g, problem_.rho_b);
     return gap / (1 / problem_.rho_a + 1 / problem_.rho_b);
   }
 
-  void finish(Point& p) {
+  // Everything that is a sum over rows, `row_error` too, becomes one over all ranks here.
+  void finish(Point& p, double& row_error) {
     p.target.resize(m_);
     p.gradient.resize(m_);
     double* w = work_.data();
@@ -179,6 +199,7 @@ class Dual {
     p.value = tree_sum(w, n_);
     for (int64_t i = 0; i < n_; ++i) w[i] = std::abs(w[i]);
     p.scale = tree_sum(w, n_);
+    ranks_.sum({{p.column_sums.data(), m_}, {&p.value, 1}, {&p.scale, 1}, {&row_error, 1}});
     for (int64_t j = 0; j < m_; ++j)
       p.target[j] = hard_b ? problem_.b[j] : std::exp(power_b_ * log_b_[j] - p.g[j] / problem_.rho_b);
     for (int64_t j = 0; j < m_; ++j)
@@ -202,6 +223,7 @@ class Dual {
   }
 
   Passes& passes_;
+  RowRanks& ranks_;
   const Problem& problem_;
   Outcome& outcome_;
   int64_t n_, m_;

@@ -20,14 +20,17 @@ constexpr double machine_floor = 1e-12;
 constexpr double linear_share = 0.9;      // of the slope: F gained so much over a step that its curvature hardly shows
 constexpr int64_t steps_of_a_level = 25;  // Newton steps after which a level is taken to have begun too far away
 constexpr int most_tightened = 4;
-constexpr int64_t patience = 40;  // steps without progress before a level is given up
+constexpr int64_t patience = 40;                     // steps without progress before a level is given up
+constexpr int64_t most_gathered = int64_t{1} << 24;  // entries of a plan that ranks send to each other, 256 MB
 
 class Newton {
  public:
   Newton(Passes& passes, const Problem& problem, const Options& options, const Monitor& monitor)
       : passes_(passes),
+        ranks_(passes.ranks),
         problem_(problem),
         options_(options),
+        rows_(passes.ranks.place(passes.n)),
         dual_(passes, problem, outcome_),
         progress_(outcome_, monitor) {
     // What is left of the error between parts of the plan that drift apart is harder to mend the smaller eps is.
@@ -75,8 +78,8 @@ class Newton {
       }
       outcome_.status = status;
       best = std::move(p);
-    } catch (const Interrupted&) {
-      outcome_.status = Status::interrupted;
+    } catch (const Interrupted& reason) {
+      outcome_.status = reason.by_callback ? Status::stopped : Status::interrupted;
       dual_.set_eps(problem_.eps);
       passes_.interrupted = nullptr;
       best = dual_.at(current_);
@@ -255,12 +258,10 @@ class Newton {
     }
     SparsePlan M;
     const double threshold = (eps > problem_.eps ? 10 : 1) * dropped_share * std::min(p.error, 0.1) * p.mass /
-                             (double(passes_.n) * passes_.m);
-    const bool sparse = passes_.extract(eps, p.f.data(), p.g.data(), threshold, options_.entry_limit, M);
-    ++outcome_.passes;
-    if (sparse) make_dominant(M, R, C);
-    dense_plan_ = !sparse || M.nnz() > double(passes_.n) * passes_.m / 20;
-    if (sparse) outcome_.most_entries = std::max(outcome_.most_entries, M.nnz());
+                             (double(rows_.total) * passes_.m);
+    const bool sparse = sparse_plan(p, threshold, M, R, C);
+    dense_plan_ = !sparse || entries_ > double(rows_.total) * passes_.m / 20;
+    if (sparse) outcome_.most_entries = std::max(outcome_.most_entries, entries_);
 
     std::vector<double> direction;
     double longest = 0;
@@ -325,11 +326,18 @@ class Newton {
     }
   }
 
-  // The sums come from the sweep, the entries from the potentials: with exponents of a million they differ by 1e-10,
-  // and the matrix of the system is semidefinite only if no diagonal is less than its row.
-  static void make_dominant(const SparsePlan& M, std::vector<double>& R, std::vector<double>& C) {
+  // The entries of the plan above the threshold; false when there are more than entry_limit. The sums R and C come from
+  // the sweep, the entries from the potentials: with exponents of a million they differ by 1e-10, and the matrix of the
+  // system is semidefinite only if no diagonal is less than its row.
+  bool sparse_plan(const Dual::Point& p, double threshold, SparsePlan& M, std::vector<double>& R,
+                   std::vector<double>& C) {
+    bool fits = false;
+    ranks_.own(
+        [&] { fits = passes_.extract(dual_.eps(), p.f.data(), p.g.data(), threshold, options_.entry_limit, M); });
+    ++outcome_.passes;
     std::vector<double> column_sums(C.size(), 0.0);
-    for (int64_t i = 0; i < M.n; ++i) {
+    double entries = fits ? double(M.nnz()) : unlimited;
+    for (int64_t i = 0; fits && i < M.n; ++i) {
       double row_sum = 0;
       for (int64_t e = M.row_start[i]; e < M.row_start[i + 1]; ++e) {
         row_sum += M.value[e];
@@ -337,7 +345,11 @@ class Newton {
       }
       R[i] = std::max(R[i], row_sum);
     }
+    ranks_.sum({{column_sums.data(), passes_.m}, {&entries, 1}});
+    if (!(entries <= double(options_.entry_limit))) return false;
     for (size_t j = 0; j < C.size(); ++j) C[j] = std::max(C[j], column_sums[j]);
+    entries_ = static_cast<int64_t>(entries);
+    return true;
   }
 
   // Newton's direction in units of eps.
@@ -349,15 +361,18 @@ class Newton {
     std::vector<double> zeta, xi;
     CgLimits limits{std::min(1e-2, std::max(p.error, 1e-8)), 150};
     if (!M) limits.rtol = std::min(0.1, std::max(p.error, 0.3 * options_.tol / p.error));  // each product is a sweep
-    if (!M || (M->nnz() > 8 * (passes_.n + passes_.m) && !prefer_factor_)) {
+    const bool factorable = M && (ranks_.alone() || entries_ <= most_gathered);
+    if (!factorable || (entries_ > 8 * (rows_.total + passes_.m) && !prefer_factor_)) {
       GramProduct gram;
       std::vector<double> scale;
       if (M) {
         gram = gram_of(*M, R, options_.threads);
-        // diag(S), as far as it is known to be positive
+        // diag(S), as far as it is known to be positive; the first rank brings in the part of the columns
+        if (!ranks_.first()) std::fill(jacobi.begin(), jacobi.end(), 0.0);
         for (int64_t i = 0; i < M->n; ++i)
           for (int64_t e = M->row_start[i]; e < M->row_start[i + 1]; ++e)
             jacobi[M->column[e]] -= M->value[e] * M->value[e] / R[i];
+        ranks_.sum({{jacobi.data(), passes_.m}});
         for (size_t j = 0; j < jacobi.size(); ++j) jacobi[j] = std::max(jacobi[j], 1e-3 * C[j]);
       } else {
         for (const double r : R) scale.push_back(1 / r);
@@ -366,17 +381,44 @@ class Newton {
           ++outcome_.passes;
         };
       }
-      const CgReport report = solve_schur(gram, C, jacobi, p.gradient, limits, zeta);
+      const auto product = [&](const double* v, double* out) {
+        ranks_.own([&] { gram(v, out); });
+        ranks_.sum({{out, passes_.m}});
+      };
+      const CgReport report = solve_schur(product, C, jacobi, p.gradient, limits, zeta);
       note(report);
-      if (report.met || !M || report.negative_curvature) return zeta;
+      if (report.met || !factorable || report.negative_curvature) return zeta;
       prefer_factor_ = true;
+    }
+    SparsePlan gathered;
+    if (!ranks_.alone()) {
+      gathered = gather(*M);
+      R = ranks_.gather(R, rows_);
+      M = &gathered;
     }
     const ApproximateCholesky factor = factor_plan(*M, R, C);
     ++outcome_.factorisations;
     limits.max_iterations = 500;
-    const std::vector<double> zero(passes_.n, 0.0);
+    const std::vector<double> zero(rows_.total, 0.0);
     note(solve_whole(*M, R, C, factor, zero, p.gradient, limits, options_.threads, xi, zeta));
     return zeta;
+  }
+
+  // The rows of all ranks. A factor of the whole system is not to be had from some of them, and where one is wanted the
+  // plan is sparse: every rank factors it for itself.
+  SparsePlan gather(const SparsePlan& M) {
+    const RowRanks::Place entries = ranks_.place(M.nnz());
+    SparsePlan all;
+    all.n = rows_.total;
+    all.m = M.m;
+    std::vector<int64_t> lengths(M.n);
+    for (int64_t i = 0; i < M.n; ++i) lengths[i] = M.row_start[i + 1] - M.row_start[i];
+    lengths = ranks_.gather(lengths, rows_);
+    all.row_start.assign(1, 0);
+    for (const int64_t length : lengths) all.row_start.push_back(all.row_start.back() + length);
+    all.column = ranks_.gather(M.column, entries);
+    all.value = ranks_.gather(M.value, entries);
+    return all;
   }
 
   void note(const CgReport& report) {
@@ -396,8 +438,10 @@ class Newton {
   }
 
   Passes& passes_;
+  RowRanks& ranks_;
   const Problem& problem_;
   const Options& options_;
+  RowRanks::Place rows_;
   Outcome outcome_;
   Dual dual_;
   Progress progress_;
@@ -408,6 +452,7 @@ class Newton {
   double least_error_ = unlimited;
   int tightened_ = 0;  // how often the levels were begun again
   double radius_ = 8, ridge_ = 1e-9, tol_of_levels_ = level_tol;
+  int64_t entries_ = 0;  // of the sparse plan, on all ranks
   bool prefer_factor_ = false;
   bool dense_plan_ = true;  // at the last step
 };

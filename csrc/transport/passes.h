@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/exec.h"
+#include "transport/row_ranks.h"
 
 namespace kantor::transport {
 
@@ -40,14 +41,12 @@ struct SparsePlan {
   int64_t nnz() const { return static_cast<int64_t>(value.size()); }
 };
 
-// Thrown by a pass when Passes::interrupted answers true.
-struct Interrupted {};
-
 class Passes {
  public:
   virtual ~Passes() = default;
   int64_t n = 0, m = 0;
   std::function<bool()> interrupted;  // asked every million entries or so, by one thread
+  RowRanks ranks;  // where other processes hold other rows: a pass is over this one's, the algorithms add up
 
   // For every row the sum of its entries as log_sums_i = log sum_j exp((g_j - C_ij) / eps), then, with
   // f_i = offset_i - slope * eps * log_sums_i, the column sums of P. One exponential an entry:

@@ -41,12 +41,14 @@ class Sinkhorn {
         dual.set_eps(problem_.eps);
         p = dual.at(std::move(p.g));
       }
-    } catch (const Interrupted&) { outcome_.status = Status::interrupted; }
-    if (!p.f.empty() && !p.g.empty()) {
+    } catch (const Interrupted& reason) {
+      outcome_.status = reason.by_callback ? Status::stopped : Status::interrupted;
+    }
+    if (!p.g.empty()) {
       std::copy(p.f.begin(), p.f.end(), f);
       std::copy(p.g.begin(), p.g.end(), g);
     }
-    if (!p.f.empty()) outcome_.error = p.error;
+    if (!p.column_sums.empty()) outcome_.error = p.error;
     outcome_.dual = p.value;
     return outcome_;
   }

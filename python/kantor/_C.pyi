@@ -199,6 +199,7 @@ def transport_solve(
     options: Sequence[float],
     monitor: Callable[[int, float, float], bool] | None,
     threads: int,
+    ranks: tuple[Tensor, Callable[[int], None], Callable[[int], None], int, int] | None = None,  # memory, sum, max, ...
 ) -> list[dict[str, Any]]: ...
 def transport_extract(
     cost: _Cost, eps: float, f: Tensor, g: Tensor, threshold: float, limit: int, threads: int
@@ -274,7 +275,7 @@ def propagate_gradients(
     options: _Options,  # not adjoint
     threads: int,
 ) -> None: ...
-def dropout_mask(mask: Tensor, step: int, dropout: float, seed: int, threads: int) -> None: ...
+def dropout_mask(mask: Tensor, step: int, dropout: float, seed: int, first_row: int, threads: int) -> None: ...
 
 knn_largest_k: int  # on CUDA
 

@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from kantor import KantorError
+from kantor import KantorError, RankError
 from kantor._colour_transfer import extend_map, recolour
 from kantor._command_line import (
     INTERRUPTED,
@@ -26,7 +26,10 @@ from kantor._command_line import (
     progress,
 )
 from kantor._progress import log_fraction
+from kantor._ranks import Ranks
+from kantor._solve_distributed import bad_input_of_all
 from kantor._solve_files import BadInputError, check_output
+from kantor._transport_distributed import gather_plan, gather_problem
 from kantor._transport_files import (
     IMAGE_SUFFIXES,
     MAP_SUFFIXES,
@@ -37,6 +40,7 @@ from kantor._transport_files import (
 )
 from kantor._transport_outcome import SUMMARY_ENTRIES, advice, describe, print_outcome
 from kantor._transport_problem import Files, Mode, Problem, read_problem
+from kantor.distributed import gather, init
 from kantor.plotting import new_axes, plot_displacement, plot_displacement_field, save_figure
 from kantor.transport import TransportInfo, TransportResult, TransportStatus, solve, solve_sample
 from kantor.transport._cost import Cost
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 _RELATIVE = {"colour": 1e-2, "density": 1e-4, "points": 1e-3, "matrix": 1e-3}
+_WITHOUT_PLAN = (TransportStatus.OVERFLOW, TransportStatus.INFEASIBLE)
 
 
 class CostName(StrEnum):
@@ -119,42 +124,67 @@ def transport(
     plot: Annotated[Path | None, typer.Option(help="Draw the displacement: .png, .pdf or .svg.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Share the rows among the processes that torchrun started.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for another process.")] = 30.0,
 ) -> None:
     """Optimal transport of A to B: colours or densities of two images, two point clouds, or a cost matrix.
 
     Exit codes: 0 solved, 1 not solved, 2 bad input, 130 interrupted (the plan so far is written where -o is given).
     """
     with one_message("transport"):
-        if reg is not None and relative_reg is not None:
-            raise BadInputError("--reg and --relative-reg: expected one of them, got both")
-        if threads is not None:
-            torch.set_num_threads(threads)
-        cost_name, power = _cost_choice(cost, p, of_points=cost_matrix is None)
-        started = time.perf_counter()
-        files = Files(source, target, cost_matrix, a, b)
-        problem = read_problem(files, mode, max_points, np.random.default_rng(seed), getattr(torch, dtype.value))
-        read_seconds = time.perf_counter() - started
-        _check_outputs(problem, files, output, map_file, plot)
+        ranks = init(timeout) if distributed else None
+        ranks = None if ranks is None or ranks.size == 1 else ranks
+    first = ranks is None or ranks.rank == 0  # writes and speaks
+    quiet, json_output = quiet or not first, json_output and first
+    with one_message("transport", speaks=first):
+        with bad_input_of_all(ranks, patient=True):
+            if reg is not None and relative_reg is not None:
+                raise BadInputError("--reg and --relative-reg: expected one of them, got both")
+            if threads is not None:
+                torch.set_num_threads(threads)
+            cost_name, power = _cost_choice(cost, p, of_points=cost_matrix is None)
+            started = time.perf_counter()
+            files = Files(source, target, cost_matrix, a, b)
+            random, precision = np.random.default_rng(seed), getattr(torch, dtype.value)
+            own = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+            problem = read_problem(files, mode, max_points, random, precision, own)
+            read_seconds = time.perf_counter() - started
+            if first:
+                _check_outputs(problem, files, output, map_file, plot)
 
-        span = _cost_range(problem, cost_name, power)
+        span = _cost_range(problem, cost_name, power, ranks)
         if reg is None:
             share = _RELATIVE[problem.kind] if relative_reg is None else relative_reg
             reg = share * span or share  # all costs equal: nothing to compare with
         options: dict[str, Any] = {"reg": reg, "method": method.value, "tol": tol, "max_iter": max_iter}
         if unbalanced is not None:
             options["unbalanced"] = unbalanced
-        result = _solve(problem, cost_name, power, options, show_progress=not quiet)
-        plan = _plan_of(result, None if output is not None and problem.kind != "colour" else SUMMARY_ENTRIES)
-        _write(problem, result, plan, output, map_file, plot)
-        outcome = {
-            **files.names(),
-            **describe(problem, result, plan, cost_name, power, span, balanced=unbalanced is None),
-            "dtype": dtype.value,
-            "seconds_read": read_seconds,
-            "output": None if output is None else str(output),
-            "map": None if map_file is None else str(map_file),
-            "plot": None if plot is None else str(plot),
-        }
+        result = _solve(problem, cost_name, power, options, ranks, show_progress=not quiet)
+        with bad_input_of_all(ranks):
+            plan = _plan_of(result, None if output is not None and problem.kind != "colour" else SUMMARY_ENTRIES)
+            wanted = map_file is not None and problem.kind != "colour" and result.status not in _WITHOUT_PLAN
+            images = _map(problem, result, everywhere=True) if wanted else None
+        if ranks is not None:
+            plan = gather_plan(ranks, plan, problem.full_shape)
+            images = None if images is None else gather(images, ranks, dim=0, target=0)
+            problem = problem if plot is None else gather_problem(ranks, problem)
+            _ = result.value_linear  # a sum over all of them, kept with the result
+        with bad_input_of_all(ranks, patient=True):
+            if first:
+                _write(problem, result, plan, images, output, map_file, plot)
+        if first:
+            outcome = {
+                **files.names(),
+                **describe(problem, result, plan, cost_name, power, span, balanced=unbalanced is None),
+                "processes": 1 if ranks is None else ranks.size,
+                "dtype": dtype.value,
+                "seconds_read": read_seconds,
+                "output": None if output is None else str(output),
+                "map": None if map_file is None else str(map_file),
+                "plot": None if plot is None else str(plot),
+            }
     if json_output:
         print(json.dumps(outcome, indent=2))
     elif not quiet:
@@ -162,7 +192,7 @@ def transport(
     if result.status is TransportStatus.INTERRUPTED:
         raise typer.Exit(INTERRUPTED)
     if not result.converged:
-        if not json_output:
+        if not json_output and first:
             print(f"kantor transport: not solved. {advice(result)}", file=sys.stderr)
         raise typer.Exit(NOT_SOLVED)
 
@@ -206,20 +236,26 @@ def _check_outputs(
 # --- the solve --------------------------------------------------------------------------------------------------------
 
 
-def _cost_range(problem: Problem, cost: str, power: float) -> float:
+def _cost_range(problem: Problem, cost: str, power: float, ranks: Ranks | None) -> float:
     if problem.C is not None:
-        low, high, _ = Cost.dense(problem.C).extent()
+        low, high, _ = Cost.dense(problem.C).extent(ranks)
     else:
         assert problem.X is not None
         assert problem.Y is not None
-        low, high, _ = Cost.points(problem.X, problem.Y, cost, power).extent()
+        low, high, _ = Cost.points(problem.X, problem.Y, cost, power).extent(ranks)
     return high - low if high > low else 0.0
 
 
 def _solve(
-    problem: Problem, cost: str, power: float, options: dict[str, Any], *, show_progress: bool
+    problem: Problem,
+    cost: str,
+    power: float,
+    options: dict[str, Any],
+    ranks: Ranks | None,
+    *,
+    show_progress: bool,
 ) -> TransportResult:
-    options = options | {"a": problem.a, "b": problem.b, "grad": "none", "interrupt": "return"}
+    options = options | {"a": problem.a, "b": problem.b, "grad": "none", "interrupt": "return", "ranks": ranks}
     with progress("transport", enabled=show_progress) as update, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the outcome is printed below, with what to try
         first: TransportInfo | None = None
@@ -239,6 +275,8 @@ def _solve(
                 assert problem.X is not None
                 assert problem.Y is not None
                 result = solve_sample(problem.X, problem.Y, cost=cost, p=power, **options)
+        except RankError:
+            raise
         except (ValueError, KantorError) as error:
             text = str(error).removeprefix("solve_sample: ").removeprefix("solve: ")
             raise BadInputError(text.replace("unbalanced=rho", "--unbalanced RHO")) from error
@@ -260,7 +298,7 @@ def _words(info: TransportInfo) -> str:
 
 def _plan_of(result: TransportResult, limit: int | None) -> Tensor | None:
     """The plan, or None where the solver has none or where it is only wanted for a summary and has too many entries."""
-    if result.status in (TransportStatus.OVERFLOW, TransportStatus.INFEASIBLE):
+    if result.status in _WITHOUT_PLAN:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's sparse matrices are in beta
@@ -276,10 +314,10 @@ def _plan_of(result: TransportResult, limit: int | None) -> Tensor | None:
 
 
 def _write(
-    problem: Problem, result: TransportResult, plan: Tensor | None, output: Path | None, map_file: Path | None,
-    plot: Path | None,
+    problem: Problem, result: TransportResult, plan: Tensor | None, images: Tensor | None, output: Path | None,
+    map_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    if plan is None and result.status in (TransportStatus.OVERFLOW, TransportStatus.INFEASIBLE):
+    if plan is None and result.status in _WITHOUT_PLAN:
         return  # there is no plan to write; the status says why
     if problem.kind == "colour":
         assert problem.picture is not None
@@ -295,7 +333,8 @@ def _write(
             assert plan is not None
             write_plan(output, _in_files(problem, plan))
         if map_file is not None:
-            write_map(map_file, _map(problem, result, everywhere=True).numpy())
+            assert images is not None
+            write_map(map_file, images.numpy())
     if plot is not None:
         _draw(problem, result, plan, plot)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -86,24 +86,46 @@ def read_image(path: Path) -> Array:
     return np.asarray(picture, dtype=np.float64) / 255
 
 
-def read_points(path: Path) -> Array:
+class Rows(NamedTuple):
+    """Rows ``begin, begin + 1, ...`` of a file that has `total`."""
+
+    array: Array
+    begin: int
+    total: int
+
+
+Share = tuple[int, int]  # which process of how many
+
+
+def read_points(path: Path, share: Share = (0, 1)) -> Rows:
     """Read points (n, d) from ``.npy``, (n, d) or (n,), or ``.csv``, one point a line, with or without a header.
+
+    Of several processes each reads its share; of ``.npy`` no more than that.
 
     Raises
     ------
     BadInputError
         Missing, unreadable or corrupt files; complex or non-finite numbers; no points.
     """
-    array = _real(path, _load(path))
-    if array.ndim == 1:
-        array = array[:, None]
-    if array.ndim != 2 or 0 in array.shape:
-        raise BadInputError(f"{path}: expected n points of d numbers, shape (n, d), found shape {array.shape}")
-    return _check_values(path, array, np.isfinite(array), "finite numbers")
+    loaded = _load(path, lazily=share[1] > 1)
+    if loaded.ndim == 1:
+        loaded = loaded[:, None]
+    if loaded.ndim != 2 or 0 in loaded.shape:
+        raise BadInputError(f"{path}: expected n points of d numbers, shape (n, d), found shape {loaded.shape}")
+    own = _own_rows(path, loaded, share)
+    _check_values(path, own.array, np.isfinite(own.array), "finite numbers", own.begin)
+    return own
 
 
-def read_cost(path: Path) -> Array:
-    """Read a cost matrix (n, m) from ``.npy``; +inf forbids a pair.
+def _own_rows(path: Path, loaded: Any, share: Share) -> Rows:
+    index, count = share
+    total = len(loaded)
+    begin, end = total * index // count, total * (index + 1) // count
+    return Rows(_real(path, loaded[begin:end]), begin, total)
+
+
+def read_cost(path: Path, share: Share = (0, 1)) -> Rows:
+    """Read a cost matrix (n, m) from ``.npy``, of several processes each its share; +inf forbids a pair.
 
     Raises
     ------
@@ -112,10 +134,12 @@ def read_cost(path: Path) -> Array:
     """
     if path.suffix.lower() != ".npy":
         raise BadInputError(f"{path}: unknown kind of cost matrix; expected .npy")
-    array = _real(path, _load(path))
-    if array.ndim != 2 or 0 in array.shape:
-        raise BadInputError(f"{path}: expected a cost matrix, shape (n, m), found shape {array.shape}")
-    return _check_values(path, array, array > -np.inf, "numbers, or +inf for a forbidden pair")
+    loaded = _load(path, lazily=share[1] > 1)
+    if loaded.ndim != 2 or 0 in loaded.shape:
+        raise BadInputError(f"{path}: expected a cost matrix, shape (n, m), found shape {loaded.shape}")
+    own = _own_rows(path, loaded, share)
+    _check_values(path, own.array, own.array > -np.inf, "numbers, or +inf for a forbidden pair", own.begin)
+    return own
 
 
 def read_weights(path: Path, count: int, of: str) -> Array:
@@ -137,12 +161,12 @@ def read_weights(path: Path, count: int, of: str) -> Array:
     return array
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, *, lazily: bool = False) -> Any:
     check_is_file(path)
     suffix = path.suffix.lower()
     try:
         if suffix == ".npy":
-            return np.load(path, allow_pickle=False)
+            return np.load(path, mmap_mode="r" if lazily else None, allow_pickle=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an empty file: its shape is reported by who asked
             delimiter = "," if suffix == ".csv" else None
@@ -174,11 +198,12 @@ def _real(path: Path, loaded: Any) -> Array:
     return array.astype(np.float64)
 
 
-def _check_values(path: Path, array: Array, good: NDArray[np.bool_], expected: str) -> Array:
+def _check_values(path: Path, array: Array, good: NDArray[np.bool_], expected: str, begin: int = 0) -> Array:
     if not good.all():
-        position = tuple(int(i) for i in np.argwhere(~good)[0])
-        index = position[0] if len(position) == 1 else position
-        raise BadInputError(f"{path}: entry {index} is {array[position]}; expected {expected} (positions from 0)")
+        first, *others = (int(i) for i in np.argwhere(~good)[0])
+        index = (begin + first, *others) if others else begin + first
+        value = array[(first, *others)]
+        raise BadInputError(f"{path}: entry {index} is {value}; expected {expected} (positions from 0)")
     return array
 
 

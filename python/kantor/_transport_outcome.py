@@ -118,6 +118,8 @@ def print_outcome(outcome: dict[str, Any]) -> None:
         "steps": f"{outcome['steps']:,}, {outcome['newton_steps']:,} of Newton's method; {outcome['sweeps']:,} sweeps",
         "seconds": f"{outcome['seconds']:.3f} (reading {outcome['seconds_read']:.3f})",
     }
+    if outcome["processes"] > 1:
+        rows["processes"] = outcome["processes"]
     print_rows(rows | {name: outcome[name] for name in ("output", "map", "plot") if outcome[name] is not None})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kantor._colour_transfer import sample_colours
 from kantor._solve_files import BadInputError
-from kantor._transport_files import kind_of, read_cost, read_image, read_points, read_weights
+from kantor._transport_files import Share, kind_of, read_cost, read_image, read_points, read_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +35,10 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Problem:
-    """What the files hold, as a problem: points (n, d), (m, d) or a cost (n, m), and weights."""
+    """What the files hold, as a problem: points (n, d), (m, d) or a cost (n, m), and weights.
+
+    Of several processes each has its share of the rows: of X or C, of a and `points`.
+    """
 
     kind: str  # "colour", "density", "points" or "matrix"
     X: Tensor | None = None
@@ -49,10 +52,13 @@ class Problem:
     rows: Tensor | None = None  # which of them X is, sorted, and columns alike
     columns: Tensor | None = None
     full_shape: tuple[int, int] = (0, 0)  # of the plan in terms of the files
+    shared: bool = False  # among processes, whole files row by row
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, m)."""
+        """(n, m), of all processes together."""
+        if self.shared:
+            return self.full_shape
         if self.C is not None:
             return self.C.shape[0], self.C.shape[1]
         assert self.X is not None
@@ -81,25 +87,35 @@ class Files:
 
 
 def read_problem(
-    files: Files, mode: Mode, max_points: int | None, random: np.random.Generator, dtype: torch.dtype
+    files: Files,
+    mode: Mode,
+    max_points: int | None,
+    random: np.random.Generator,
+    dtype: torch.dtype,
+    share: Share = (0, 1),
 ) -> Problem:
-    """Read two images, two clouds of points, or a cost matrix with weights.
+    """Read two images, two clouds of points, or a cost matrix with weights; of several processes each its share.
 
     Raises
     ------
     BadInputError
         Files that are wrong in themselves or do not go together, and options that are not for their kind.
     """
+    shared = share[1] > 1
+    if shared and max_points is not None:
+        raise BadInputError("--max-points: draws from whole files, not with --distributed")
     if files.cost_matrix is not None:
         if files.source is not None:
             raise BadInputError(f"--cost-matrix: takes the place of A and B, got {files.source} too")
         if max_points is not None or mode is not Mode.auto:
             raise BadInputError("--max-points and --mode: are for images and points, not for --cost-matrix")
-        C = read_cost(files.cost_matrix)
-        weights = _read_weights(files, C.shape, ("row of the cost", "column of the cost"))
+        C, begin, n = read_cost(files.cost_matrix, share)
+        m = C.shape[1]
+        weights = _read_weights(files, (n, m), ("row of the cost", "column of the cost"))
         a, b = (_weights(w, dtype) for w in weights)
-        n, m = C.shape
-        return Problem("matrix", C=_tensor(str(files.cost_matrix), C, dtype), a=a, b=b, full_shape=(n, m))
+        a = None if a is None else a[begin : begin + len(C)]
+        tensor = _tensor(str(files.cost_matrix), C, dtype)
+        return Problem("matrix", C=tensor, a=a, b=b, full_shape=(n, m), shared=shared)
     if files.source is None or files.target is None:
         raise BadInputError("expected two files A and B, or --cost-matrix; see kantor transport --help")
     kinds = [kind_of(path) for path in (files.source, files.target)]
@@ -107,6 +123,8 @@ def read_problem(
         raise BadInputError(
             f"{files.source} is {_KINDS[kinds[0]]}, {files.target} is {_KINDS[kinds[1]]}; expected the same kind"
         )
+    if kinds[0] == "image" and shared:
+        raise BadInputError("--distributed: is for points and cost matrices, got images")
     if kinds[0] == "image":
         if files.a is not None or files.b is not None:
             raise BadInputError("--a and --b: are for points and cost matrices; pixels of an image count as they are")
@@ -117,7 +135,7 @@ def read_problem(
         return _colours(images, max_points or _COLOURS, random, dtype)
     if mode is not Mode.auto:
         raise BadInputError(f"--mode {mode.value}: is for images, got points")
-    return _points(files, max_points, random, dtype)
+    return _points(files, max_points, random, dtype, share)
 
 
 def _read_weights(files: Files, counts: tuple[int, ...], of: tuple[str, str]) -> list[Array | None]:
@@ -141,16 +159,20 @@ def _weights(array: Array | None, dtype: torch.dtype) -> Tensor | None:
     return None if array is None else torch.from_numpy(array).to(dtype)
 
 
-def _points(files: Files, max_points: int | None, random: np.random.Generator, dtype: torch.dtype) -> Problem:
+def _points(
+    files: Files, max_points: int | None, random: np.random.Generator, dtype: torch.dtype, share: Share
+) -> Problem:
     assert files.source is not None
     assert files.target is not None
-    clouds = [read_points(path) for path in (files.source, files.target)]
+    own, begin, total = read_points(files.source, share)
+    clouds = [own, read_points(files.target).array]
     if clouds[0].shape[1] != clouds[1].shape[1]:
         raise BadInputError(
             f"{files.source} has points of {clouds[0].shape[1]} numbers, {files.target} of {clouds[1].shape[1]}; "
             "expected the same dimension"
         )
-    weights = _read_weights(files, (len(clouds[0]), len(clouds[1])), ("point of A", "point of B"))
+    weights = _read_weights(files, (total, len(clouds[1])), ("point of A", "point of B"))
+    weights[0] = None if weights[0] is None else weights[0][begin : begin + len(own)]
     points = [_tensor(str(path), X, dtype) for path, X in zip((files.source, files.target), clouds, strict=True)]
     drawn: list[Tensor | None] = []
     for k, X in enumerate(points):
@@ -170,7 +192,7 @@ def _points(files: Files, max_points: int | None, random: np.random.Generator, d
     note = f"{' and '.join(sampled)} points drawn" if sampled else ""
     return Problem(
         "points", X, Y, a=a, b=b, note=note, points=points[0], rows=drawn[0], columns=drawn[1],
-        full_shape=(len(points[0]), len(points[1])),
+        full_shape=(total, len(points[1])), shared=share[1] > 1,
     )  # fmt: skip
 
 

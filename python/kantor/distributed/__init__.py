@@ -6,7 +6,8 @@ The solvers are the ones of :mod:`kantor.linalg` and :mod:`kantor.optim`: every 
 from kantor._ranks import Ranks, Traffic
 from kantor.distributed.init import init
 from kantor.distributed.sharded_csr import ShardedCSR
+from kantor.distributed.sharded_graph import ShardedGraph
 from kantor.distributed.shares import gather, shares, split
 from kantor.distributed.sum_over_ranks import sum_over_ranks
 
-__all__ = ["Ranks", "ShardedCSR", "Traffic", "gather", "init", "shares", "split", "sum_over_ranks"]
+__all__ = ["Ranks", "ShardedCSR", "ShardedGraph", "Traffic", "gather", "init", "shares", "split", "sum_over_ranks"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable as CallableType
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kantor._ranks import Ranks
+from kantor.distributed._halo import Halo
 from kantor.distributed.shares import gather, shares, split
 from kantor.linalg import CSR, Callable, LinearOperator
 from kantor.linalg._native import csr_rows, write_matvec
@@ -95,22 +95,7 @@ class ShardedCSR(LinearOperator):
         self._coupling = CSR.from_coo(
             position, torch.searchsorted(needed, column[outside]), entries[outside], (touched.numel(), self.ghosts)
         )
-        self._receives, self._sends, self._gather = self._plan(needed)
-
-    def _plan(self, needed: Tensor) -> tuple[list[int], list[int], Tensor]:
-        """How many ghosts come from each rank, how many entries go to each, and which, in the order of the ranks."""
-        ranks = self.ranks
-        assert ranks is not None
-        ends = torch.tensor(self.counts).cumsum(0)
-        owner = torch.searchsorted(ends, needed.cpu(), right=True)
-        receives = torch.bincount(owner, minlength=ranks.size).tolist()
-        sends = [row[ranks.rank] for row in ranks.table(*receives)]
-        wanted = needed.new_empty(sum(sends))
-        ranks.exchange(
-            {rank: part for rank, part in enumerate(needed.split(receives)) if rank != ranks.rank},
-            {rank: part for rank, part in enumerate(wanted.split(sends)) if rank != ranks.rank},
-        )
-        return receives, sends, wanted - self.begin
+        self._halo = Halo(needed, self.counts, ranks)
 
     @classmethod
     def from_rows(cls, A: Any, ranks: Ranks | None = None) -> ShardedCSR:
@@ -145,32 +130,7 @@ class ShardedCSR(LinearOperator):
             The rank that deals out the rows.
         """
         ranks = Ranks() if ranks is None else ranks
-        header: tuple[list[int], list[int], torch.dtype] | None = None
-        matrix: CSR | None = None
-        with ranks.together():
-            if source is None or ranks.rank == source:
-                matrix = CSR.from_any(A)
-                if matrix.shape[0] != matrix.shape[1]:
-                    raise ValueError(f"ShardedCSR.from_csr: A: expected a square matrix, got {matrix.shape}")
-                rows = list(counts) if counts is not None else shares(matrix.shape[0], ranks.size)
-                if len(rows) != ranks.size or sum(rows) != matrix.shape[0] or min(rows) < 0:
-                    raise ValueError(
-                        f"ShardedCSR.from_csr: counts: expected {ranks.size} numbers that add up to {matrix.shape[0]}, "
-                        f"got {rows}"
-                    )
-                ends = torch.tensor([0, *rows]).cumsum(0)
-                entries = matrix.crow.long().cpu()[ends].diff().tolist()
-                header = (rows, entries, matrix.dtype)
-        if source is not None:
-            header = ranks.broadcast_object(header, source)
-        assert header is not None
-        rows, entries, _ = header
-        lengths = None if matrix is None else matrix.crow.diff()
-        length = split(lengths, ranks, rows, source=source)
-        col = split(None if matrix is None else matrix.col, ranks, entries, source=source)
-        values = split(None if matrix is None else matrix.values, ranks, entries, source=source)
-        crow = torch.cat([length.new_zeros(1), length.cumsum(0)])
-        return cls(crow, col, values, ranks)
+        return cls(*split_rows("ShardedCSR.from_csr", A, ranks, counts, source), ranks)
 
     # --- products ---
 
@@ -186,7 +146,7 @@ class ShardedCSR(LinearOperator):
 
     def _apply(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or self.requires_grad):
-            ghosts: Tensor = _Ghosts.apply(x, self)  # type: ignore[no-untyped-call]
+            ghosts = self._halo.ghosts(x)
             y = self.own.matvec(x)
             # Also without ghosts of its own: backward is collective.
             return y.index_add(-1, self._touched, self._coupling.matvec(ghosts))
@@ -194,7 +154,7 @@ class ShardedCSR(LinearOperator):
 
     def write_product(self, x: Tensor, out: Tensor) -> Tensor:
         """Write ``A x`` to `out` and return that; no derivatives."""
-        arrived = self._start_exchange(x)
+        arrived = self._halo.start(x)
         write_matvec(self.own.encode(), x, out)
         ghosts = arrived()
         return out.index_add_(-1, self._touched, self._coupling.matvec(ghosts)) if self.ghosts else out
@@ -206,28 +166,7 @@ class ShardedCSR(LinearOperator):
             ghosts = self._coupling.T.matvec(x.index_select(-1, self._touched))
         else:
             ghosts = x.new_zeros((*x.shape[:-1], 0))
-        return y + _Ghosts.reverse(self, ghosts)
-
-    def _start_exchange(self, x: Tensor) -> CallableType[[], Tensor]:
-        """Send what the neighbours need of x; the function that comes back waits for the ghosts."""
-        outgoing = x.index_select(-1, self._gather)
-        return self._begin(outgoing, self._sends, self._receives)
-
-    def _begin(self, outgoing: Tensor, sends: list[int], receives: list[int]) -> CallableType[[], Tensor]:
-        ranks = self.ranks
-        assert ranks is not None
-        lead = outgoing.shape[:-1]
-        parts = [outgoing.new_empty((*lead, count)) for count in receives]
-        finish = ranks.start_exchange(
-            {r: part.contiguous() for r, part in enumerate(outgoing.split(sends, -1)) if r != ranks.rank},
-            {r: part for r, part in enumerate(parts) if r != ranks.rank},
-        )
-
-        def arrived() -> Tensor:
-            finish()
-            return torch.cat(parts, -1)
-
-        return arrived
+        return y + self._halo.give_back(ghosts)
 
     # --- what solvers and preconditioners ask for ---
 
@@ -282,24 +221,32 @@ class ShardedCSR(LinearOperator):
         )
 
 
-class _Ghosts(torch.autograd.Function):
-    """The vector entries of other ranks; their gradient goes the opposite way."""
-
-    @staticmethod
-    def forward(x: Tensor, A: ShardedCSR) -> Tensor:
-        return A._start_exchange(x)()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ShardedCSR], output: Tensor) -> None:
-        ctx.A = inputs[1]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Ghosts.reverse(ctx.A, grad), None
-
-    @staticmethod
-    def reverse(A: ShardedCSR, ghosts: Tensor) -> Tensor:
-        """Sums, at the owner of each entry, of what the ranks that have it as a ghost hand in."""
-        returned = A._begin(ghosts, A._receives, A._sends)()
-        return ghosts.new_zeros((*ghosts.shape[:-1], A.shape[0])).index_add_(-1, A._gather, returned)
+def split_rows(
+    call: str, A: Any, ranks: Ranks, counts: Sequence[int] | None, source: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row pointers, columns and values of this rank's rows of a matrix that all hold, or `source` alone."""
+    header: tuple[list[int], list[int], torch.dtype] | None = None
+    matrix: CSR | None = None
+    with ranks.together():
+        if source is None or ranks.rank == source:
+            matrix = CSR.from_any(A)
+            if matrix.shape[0] != matrix.shape[1]:
+                raise ValueError(f"{call}: expected a square matrix, got {matrix.shape}")
+            rows = list(counts) if counts is not None else shares(matrix.shape[0], ranks.size)
+            if len(rows) != ranks.size or sum(rows) != matrix.shape[0] or min(rows) < 0:
+                raise ValueError(
+                    f"{call}: counts: expected {ranks.size} numbers that add up to {matrix.shape[0]}, got {rows}"
+                )
+            ends = torch.tensor([0, *rows]).cumsum(0)
+            entries = matrix.crow.long().cpu()[ends].diff().tolist()
+            header = (rows, entries, matrix.dtype)
+    if source is not None:
+        header = ranks.broadcast_object(header, source)
+    assert header is not None
+    rows, entries, _ = header
+    lengths = None if matrix is None else matrix.crow.diff()
+    length = split(lengths, ranks, rows, source=source)
+    col = split(None if matrix is None else matrix.col, ranks, entries, source=source)
+    values = split(None if matrix is None else matrix.values, ranks, entries, source=source)
+    crow = torch.cat([length.new_zeros(1), length.cumsum(0)])
+    return crow, col, values

@@ -90,6 +90,12 @@ class _SumOverRanks:
         return total[:-1].reshape(value.shape)
 
 
+def replicated(value: Tensor, ranks: Ranks) -> Tensor:
+    """A value that all ranks have, for a rank's own use: its gradient is the sum over the ranks."""
+    result: Tensor = _Replicated.apply(value, ranks)  # type: ignore[no-untyped-call]
+    return result
+
+
 def _all_reduced(t: Tensor, ranks: Ranks) -> Tensor:
     if torch._C._functorch.is_legacy_batchedtensor(t):
         raise RuntimeError("sum_over_ranks: batched gradients go one by one")

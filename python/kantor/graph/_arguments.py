@@ -5,15 +5,28 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kantor._checks import check_finite, check_float, check_tensor, is_readable
+from kantor._ranks import Ranks
 from kantor.graph.graph import Graph
 
 Similarity = Graph | Tensor
 """A graph of n nodes, or dense weights ``(n, n)`` or ``(B, n, n)``: one matrix for each entry of a batch."""
+
+
+@runtime_checkable
+class SharedGraph(Protocol):
+    """A graph of several processes, which diffuses by itself: :class:`kantor.distributed.ShardedGraph`."""
+
+    ranks: Ranks
+
+    def diffuse(self, x: Tensor, step: float | Tensor, num_steps: int, **options: Any) -> Tensor:
+        """:func:`kantor.graph.diffuse` on this rank's rows of x."""
+        ...
 
 
 def check_points(call: str, x: object, name: str = "x") -> Tensor:

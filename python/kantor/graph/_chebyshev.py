@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,15 +22,24 @@ def heat_kernel(x: Tensor, graph: Similarity, time: float | Tensor) -> Tensor:
     sum to one and fall faster than any power once ``k > sqrt(t r)``.
     """
     # The eigenvalue is known within 1 % from below, and the polynomials grow fast outside of [-1, 1].
-    radius = 0.5 * (graph.lambda_max_bound() if isinstance(graph, Graph) else 1.001 * lambda_max(graph))
+    bound = graph.lambda_max_bound() if isinstance(graph, Graph) else 1.001 * lambda_max(graph)
+
+    def steps_of(length: float) -> Callable[[Tensor], Tensor]:
+        edge, diagonal = explicit_step(graph, length)
+        return lambda y: recurrence(y, graph, edge, diagonal, num_steps=1)
+
+    return chebyshev_series(x, time, bound, steps_of)
+
+
+def chebyshev_series(
+    x: Tensor, time: float | Tensor, bound: float, steps_of: Callable[[float], Callable[[Tensor], Tensor]]
+) -> Tensor:
+    """``exp(-time L) x`` for an L with spectrum in [0, bound]; ``steps_of(t)`` is the map ``y -> y - t L y``."""
+    radius = 0.5 * bound
     coefficients = _coefficients(time, radius, torch.finfo(x.dtype).eps)
     if radius == 0:
         return x.clone()
-    edge, diagonal = explicit_step(graph, 1 / radius)
-
-    def step(y: Tensor) -> Tensor:
-        return recurrence(y, graph, edge, diagonal, num_steps=1)
-
+    step = steps_of(1 / radius)
     before, now = x, step(x)
     result = coefficients[0] * before + coefficients[1] * now
     for coefficient in coefficients[2:]:

@@ -150,17 +150,17 @@ _edge_dot = declare(
 # --- dropout_mask -----------------------------------------------------------------------------------------------------
 
 
-def _mask_forward(like: Tensor, step: int, dropout: float, seed: int) -> Tensor:
+def _mask_forward(like: Tensor, step: int, dropout: float, seed: int, first_row: int) -> Tensor:
     mask = torch.empty_like(like)
-    backend().dropout_mask(mask, step, dropout, seed, torch.get_num_threads())
+    backend().dropout_mask(mask, step, dropout, seed, first_row, torch.get_num_threads())
     return mask
 
 
 _dropout_mask = declare(
-    "graph_dropout_mask(Tensor like, int step, float dropout, int seed) -> Tensor",
+    "graph_dropout_mask(Tensor like, int step, float dropout, int seed, int first_row) -> Tensor",
     forward=_mask_forward,
-    fake=lambda like, step, dropout, seed: like.new_empty(like.shape),
-    backward=lambda ctx, grad: (None,) * 4,
+    fake=lambda like, *_: like.new_empty(like.shape),
+    backward=lambda ctx, grad: (None,) * 5,
     jvp=lambda ctx, *tangents: None,
 )
 
@@ -216,7 +216,7 @@ class _Steps:
 
     def mask(self, k: int, x: Tensor) -> Tensor:
         """``m_k x``."""
-        return x * _dropout_mask(self._like, k, self.dropout, self.seed) if self.dropout > 0 else x
+        return x * dropout_mask(self._like, k, self.dropout, self.seed) if self.dropout > 0 else x
 
     def plus(self, y: Tensor, start: Tensor) -> Tensor:
         """``y + a start``."""
@@ -328,9 +328,12 @@ def edge_dot(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, transposed: Trip
     return out
 
 
-def dropout_mask(like: Tensor, step: int, dropout: float, seed: int) -> Tensor:
-    """The factors 0 and ``1 / (1 - dropout)`` by which `propagate` multiplies its state before step `step`."""
-    mask: Tensor = _dropout_mask(like, step, dropout, seed)
+def dropout_mask(like: Tensor, step: int, dropout: float, seed: int, first_row: int = 0) -> Tensor:
+    """The factors 0 and ``1 / (1 - dropout)`` by which `propagate` multiplies its state before step `step`.
+
+    Of the rows ``first_row, first_row + 1, ...``.
+    """
+    mask: Tensor = _dropout_mask(like, step, dropout, seed, first_row)
     return mask
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,17 +39,33 @@ def largest_eigenvalue(rowptr: Tensor, col: Tensor, weight: Tensor, degree: Tens
         return 0.0
     scale = float(degree.max())
     weight, degree = weight / scale, degree / scale  # the squares of any weights are in range then
-    random = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(degree.device)
-    v, before, beta = random * degree.square().clamp(min=1e-2), torch.zeros_like(random), 0.0
-    v /= v.norm()
+
+    def laplacian(v: Tensor) -> Tensor:
+        return degree * v - product(rowptr, col, weight, v[:, None])[:, 0]
+
+    def dot(v: Tensor, w: Tensor) -> float:
+        return float(v @ w)
+
+    return scale * lanczos(laplacian, dot, lanczos_start(degree, seed=0), n)
+
+
+def lanczos_start(degree: Tensor, seed: int) -> Tensor:
+    """The start of `lanczos`; the largest degree of the graph is 1."""
+    random = torch.randn(degree.numel(), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return random.to(degree.device) * degree.square().clamp(min=1e-2)
+
+
+def lanczos(laplacian: Callable[[Tensor], Tensor], dot: Callable[[Tensor, Tensor], float], v: Tensor, n: int) -> float:
+    """Largest eigenvalue of a Laplacian of n nodes whose largest diagonal entry is 1, from below."""
+    v, before, beta = v / dot(v, v) ** 0.5, torch.zeros_like(v), 0.0
     alphas: list[float] = []
     betas: list[float] = []
     estimates = [0.0]
     for _ in range(min(_STEPS, n)):
-        w = degree * v - product(rowptr, col, weight, v[:, None])[:, 0] - beta * before
-        alphas.append(float(w @ v))
+        w = laplacian(v) - beta * before
+        alphas.append(dot(w, v))
         w -= alphas[-1] * v
-        beta = float(w.norm())
+        beta = dot(w, w) ** 0.5
         tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
         tridiagonal += torch.diag(torch.tensor(betas, dtype=torch.float64), -1)
         estimates.append(float(torch.linalg.eigvalsh(tridiagonal)[-1]))  # reads the lower triangle
@@ -56,4 +74,4 @@ def largest_eigenvalue(rowptr: Tensor, col: Tensor, weight: Tensor, degree: Tens
             break
         betas.append(beta)
         before, v = v, w / beta
-    return scale * max(estimates[-1], 1.0)  # L_ii is a Rayleigh quotient too
+    return max(estimates[-1], 1.0)  # L_ii is a Rayleigh quotient too

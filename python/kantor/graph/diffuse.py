@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kantor.graph._arguments import (
+    SharedGraph,
     Similarity,
     check_choice,
     check_count,
@@ -29,7 +30,7 @@ Method = Literal["explicit", "implicit", "propagator", "chebyshev"]
 
 def diffuse(
     x: Tensor,
-    graph: Similarity,
+    graph: Similarity | SharedGraph,
     step: float | Tensor,
     num_steps: int,
     *,
@@ -49,8 +50,9 @@ def diffuse(
     x : Tensor
         ``(n, d)``, or ``(B, n, d)`` for a batch; float32 or float64. A value that is not finite spreads to the
         neighbours; method "implicit" refuses it.
-    graph : Graph or Tensor
-        A graph of n nodes, or dense weights ``(n, n)`` or ``(B, n, n)``, of the dtype and on the device of x.
+    graph : Graph or Tensor, or ShardedGraph
+        A graph of n nodes, or dense weights ``(n, n)`` or ``(B, n, n)``, of the dtype and on the device of x. With a
+        :class:`kantor.distributed.ShardedGraph` all its ranks call, each with its own rows of x.
     step : float or Tensor
         Length of a step, >= 0; may require a gradient.
     num_steps : int
@@ -114,20 +116,16 @@ def diffuse(
     >>> diffuse(torch.tensor([[4.0], [0.0], [0.0]]), path, step=0.25, num_steps=1).T
     tensor([[3., 1., 0.]])
     """
+    if isinstance(graph, SharedGraph):
+        return graph.diffuse(
+            x, step, num_steps, method=method, dropout=dropout, teleport=teleport, seed=seed, stability=stability
+        )
     x = check_points("diffuse", x)
     graph = check_similarity("diffuse", graph)
     check_fit("diffuse", x, graph)
     step = check_step("diffuse", step, like=graph)
     num_steps = check_count("diffuse", num_steps)
-    check_choice("diffuse", method, "method", METHODS)
-    check_choice("diffuse", stability, "stability", MODES)
-    dropout = check_fraction("diffuse", dropout, "dropout")
-    teleport = check_fraction("diffuse", teleport, "teleport")
-    if seed is not None and (seed := check_count("diffuse", seed, "seed")) >= 2**63:
-        raise ValueError(f"diffuse: seed: expected an integer below 2**63, got {seed}")
-    for name, value in (("dropout", dropout), ("teleport", teleport)):
-        if value and method != "explicit":
-            raise ValueError(f"diffuse: {name}: expected 0 with method={method!r}, got {value}; use method='explicit'")
+    dropout, teleport, seed = check_options(method, dropout, teleport, seed, stability)
     if num_steps == 0 or x.numel() == 0:
         return x.clone()
 
@@ -148,4 +146,20 @@ def diffuse(
     return recurrence(x, graph, edge, diagonal, num_steps, teleport, dropout, seed)
 
 
-__all__ = ["diffuse"]
+def check_options(
+    method: str, dropout: float, teleport: float, seed: int | None, stability: str
+) -> tuple[float, float, int | None]:
+    """Check what is no tensor; return dropout, teleport and seed."""
+    check_choice("diffuse", method, "method", METHODS)
+    check_choice("diffuse", stability, "stability", MODES)
+    dropout = check_fraction("diffuse", dropout, "dropout")
+    teleport = check_fraction("diffuse", teleport, "teleport")
+    if seed is not None and (seed := check_count("diffuse", seed, "seed")) >= 2**63:
+        raise ValueError(f"diffuse: seed: expected an integer below 2**63, got {seed}")
+    for name, value in (("dropout", dropout), ("teleport", teleport)):
+        if value and method != "explicit":
+            raise ValueError(f"diffuse: {name}: expected 0 with method={method!r}, got {value}; use method='explicit'")
+    return dropout, teleport, seed
+
+
+__all__ = ["check_options", "diffuse"]

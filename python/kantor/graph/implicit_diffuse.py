@@ -137,6 +137,18 @@ def implicit_diffuse(
     # Inside torch.compile and torch.vmap nobody can tell how a solve went.
     inputs = (u, graph.weight if isinstance(graph, Graph) else graph, *([time] if isinstance(time, Tensor) else []))
     is_checked = all(map(is_readable, inputs))
+    tau = (time.double() if isinstance(time, Tensor) else time) / num_steps
+    if isinstance(graph, Tensor) and graph.ndim == 3:
+        operators = [_operator(weights, tau) for weights in graph]
+    else:
+        operators = [_operator(graph, tau)]
+    return solve_steps(u, operators, num_steps if u.numel() else 0, rtol, atol, maxiter, is_checked)
+
+
+def solve_steps(
+    u: Tensor, operators: list[LinearOperator], num_steps: int, rtol: float, atol: float, maxiter: int, is_checked: bool
+) -> tuple[Tensor, ImplicitInfo]:
+    """Solve with the one operator, or with that of each batch entry, num_steps times."""
     dtype, u = u.dtype, u.double()
     solves: list[SolveResult] = []
 
@@ -148,19 +160,14 @@ def implicit_diffuse(
         solves.append(result)
         return result.x.mT
 
-    tau = (time.double() if isinstance(time, Tensor) else time) / num_steps
-    if isinstance(graph, Tensor) and graph.ndim == 3:
-        operators = [_operator(weights, tau) for weights in graph]
-    else:
-        operators = [_operator(graph, tau)]
-    for _ in range(num_steps if u.numel() else 0):
+    for _ in range(num_steps):
         if len(operators) == 1:
             u = solve(operators[0], u)
         else:
             u = torch.stack([solve(A, entry) for A, entry in zip(operators, u, strict=True)])
     info = _summary(solves)
     if is_checked and not info.converged:
-        warnings.warn(f"implicit_diffuse: {info.message}", ConvergenceWarning, stacklevel=2)
+        warnings.warn(f"implicit_diffuse: {info.message}", ConvergenceWarning, stacklevel=3)
     u = u.to(dtype)
     return (u if solves else u.clone()), info
 

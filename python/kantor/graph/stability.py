@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -137,12 +137,18 @@ def check_stability(call: str, graph: Similarity, step: float | Tensor, mode: st
         return
     value = float(step.detach() if isinstance(step, Tensor) else step)
     limits = _limits_of(graph)
-    if value * limits.max_rate <= 1 + limits.rounding or _report(graph, value).stable:
+    if value * limits.max_rate > 1 + limits.rounding:
+        enforce(call, _report(graph, value), mode, depth=4)
+
+
+def enforce(call: str, report: StabilityReport, mode: str, depth: int) -> None:
+    """Raise or warn unless the step is stable."""
+    if report.stable or mode == "ignore":
         return
-    message = f"{call}: step: {_complaint(_report(graph, value))}"
+    message = f"{call}: step: {_complaint(report)}"
     if mode == "error":
         raise StabilityError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(message, RuntimeWarning, stacklevel=depth)
 
 
 def check_positivity(call: str, graph: Similarity, step: float | Tensor, x: Tensor) -> None:
@@ -182,7 +188,7 @@ def round_down(value: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """What a graph has to say about steps, short of its largest eigenvalue."""
 
     symmetric: bool
@@ -190,14 +196,14 @@ class _Limits:
     rounding: float
 
 
-def _look_at(graph: Similarity) -> _Limits:
+def _look_at(graph: Similarity) -> Limits:
     with torch.no_grad():
         if isinstance(graph, Graph):
             rate, symmetric = graph.degree - graph.diagonal, graph.symmetric
         else:
             rate = graph.sum(-1) - graph.diagonal(dim1=-2, dim2=-1)
             symmetric = _is_symmetric(graph.detach())
-        return _Limits(symmetric, float(rate.max()), 16 * torch.finfo(graph.dtype).eps)
+        return Limits(symmetric, float(rate.max()), 16 * torch.finfo(graph.dtype).eps)
 
 
 def lambda_max(graph: Similarity) -> float:
@@ -213,10 +219,15 @@ def require_symmetric(call: str, graph: Similarity, what: str) -> None:
     """Raise unless the weights are symmetric; nothing where values cannot be looked at."""
     weight = graph.weight if isinstance(graph, Graph) else graph
     if weight.numel() and is_readable(weight) and not _limits_of(graph).symmetric:
-        raise ValueError(
-            f"{call}: graph: expected symmetric weights for {what}, got W != W.T; symmetrise them as (W + W.T) / 2, "
-            "or diffuse by explicit steps"
-        )
+        refuse_asymmetric(call, what)
+
+
+def refuse_asymmetric(call: str, what: str) -> NoReturn:
+    """Say that weights should be symmetric."""
+    raise ValueError(
+        f"{call}: graph: expected symmetric weights for {what}, got W != W.T; symmetrise them as (W + W.T) / 2, "
+        "or diffuse by explicit steps"
+    )
 
 
 def _is_symmetric(weights: Tensor) -> bool:
@@ -224,14 +235,14 @@ def _is_symmetric(weights: Tensor) -> bool:
     return bool(((weights - weights.mT).abs() <= tolerance).all())
 
 
-def _limits_of(graph: Similarity) -> _Limits:
+def _limits_of(graph: Similarity) -> Limits:
     """Limits of a graph, which keeps them as long as its weights are not being trained."""
     if isinstance(graph, Graph):
         return graph._once(graph._of_weight, "step_limits", lambda: _look_at(graph))
     return _look_at(graph)
 
 
-def _positive_step(limits: _Limits) -> float:
+def _positive_step(limits: Limits) -> float:
     return round_down((1 + limits.rounding) / limits.max_rate) if limits.max_rate > 0 else math.inf
 
 
@@ -241,12 +252,17 @@ def _report(graph: Similarity, step: float) -> StabilityReport:
         return StabilityReport(step, True, 0.0, 0.0, True, True, math.inf, math.inf)
     limits = _limits_of(graph)
     top = lambda_max(graph) if limits.symmetric else math.nan
+    return report_of(step, limits, top, graph.lambda_max_bound() if isinstance(graph, Graph) else math.inf)
+
+
+def report_of(step: float, limits: Limits, top: float, bound: float) -> StabilityReport:
+    """The report for weights whose largest eigenvalue is `top`, NaN without symmetry, and certainly below `bound`."""
     rate, slack = limits.max_rate, 1 + limits.rounding
     positive = _positive_step(limits)
     largest = positive
     if limits.symmetric:
         # The eigenvalue is known within 1 % from below: rounded down by as much, the step is safe. So is the bound.
-        above = min(1.01 * top, graph.lambda_max_bound() if isinstance(graph, Graph) else 1.01 * top)
+        above = min(1.01 * top, bound)
         largest = max(positive, round_down(2 / above)) if above > 0 else math.inf
     return StabilityReport(
         step=step,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kantor._checks import check_finite, check_float, check_same, check_tensor, is_readable
+from kantor._ranks import Ranks, together
 from kantor.transport._cost import Cost
 from kantor.transport._result import TransportResult
 
@@ -93,41 +94,53 @@ def regularisation(call: str, reg: Any) -> Tensor:
     return eps
 
 
+def total_of(w: Tensor, ranks: Ranks | None) -> Tensor:
+    """Sum of the weights, float64; over ranks where each has some of them."""
+    total = w.detach().double().sum(-1)
+    return total if ranks is None else torch.tensor(ranks.sum(float(total))[0], dtype=torch.float64)
+
+
 def check_problem(
-    call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor, rho: tuple[float, float], eps: float
+    call: str,
+    cost: Cost,
+    C: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    rho: tuple[float, float],
+    eps: float,
+    ranks: Ranks | None = None,
 ) -> None:
-    """Check values."""
-    for name, w in (("a", a), ("b", b)):
-        check_finite(w, call, name)
-        values = w.detach()
-        if bool((values < 0).any()):
-            where = (values < 0).nonzero()[0].tolist()
-            raise ValueError(
-                f"{call}: {name}: expected weights >= 0, got {values[tuple(where)].item()} at "
-                f"{where[0] if len(where) == 1 else tuple(where)}"
-            )
-        total = values.double().sum(-1)
+    """Check values. With `ranks`, of which each has some rows, an error on one is an error on all."""
+    with together(ranks):
+        for name, w in (("a", a), ("b", b)):
+            check_finite(w, call, name)
+            values = w.detach()
+            if bool((values < 0).any()):
+                where = (values < 0).nonzero()[0].tolist()
+                raise ValueError(
+                    f"{call}: {name}: expected weights >= 0, got {values[tuple(where)].item()} at "
+                    f"{where[0] if len(where) == 1 else tuple(where)}"
+                )
+    mass_a, mass_b = total_of(a, ranks), total_of(b, None)
+    for name, total in (("a", mass_a), ("b", mass_b)):
         if not bool((total > 0).all()):
             raise ValueError(f"{call}: {name}: expected weights with a positive sum, got zeros")
         if not bool(torch.isfinite(total).all()):
             raise ValueError(f"{call}: {name}: expected weights with a finite sum, got infinity; scale them down")
-    low, high, infinite = cost.extent()
+    low, high, infinite = cost.extent(ranks)
     if math.isnan(low) or low == -math.inf:
-        kind = "NaN" if math.isnan(low) else "-inf"
-        place = ""
-        if C is not None:
-            wrong = torch.isnan(C.detach()) if math.isnan(low) else torch.isneginf(C.detach())
-            place = f" at {tuple(wrong.nonzero()[0].tolist())}"
-        raise ValueError(f"{call}: C: expected costs that are finite or +inf (a forbidden pair), got {kind}{place}")
+        with together(ranks):
+            _refuse_cost(call, C, math.isnan(low))
+        _refuse_cost(call, None, math.isnan(low))
     if 0 < eps < 1e-14 * (high - low):
         raise ValueError(
             f"{call}: reg: expected 0, or at least 1e-14 of the range of the cost ({high - low:.3g}), below which "
             f"exponents have no digits left; got {eps:.3g}"
         )
     if infinite:
-        _check_moves(call, cost, C, a.detach(), b.detach())
+        _check_moves(call, cost, C, a.detach(), b.detach(), ranks)
     if math.isinf(rho[0]) and math.isinf(rho[1]):
-        mass_a, mass_b = a.detach().double().sum(-1), b.detach().double().sum(-1)
+        mass_b = mass_b.to(mass_a.device)
         gap = (mass_a - mass_b).abs()
         if bool((gap > 1e-6 * torch.maximum(mass_a, mass_b)).any()):
             k = int(gap.flatten().argmax())
@@ -138,29 +151,52 @@ def check_problem(
             )
 
 
-def _check_moves(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor) -> None:
+def _refuse_cost(call: str, C: Tensor | None, is_nan: bool) -> None:
+    """Raise, with the place where it is known; rows that are not at fault do not."""
+    place = ""
+    if C is not None:
+        wrong = (torch.isnan(C.detach()) if is_nan else torch.isneginf(C.detach())).nonzero()
+        if not len(wrong):
+            return
+        place = f" at {tuple(wrong[0].tolist())}"
+    kind = "NaN" if is_nan else "-inf"
+    raise ValueError(f"{call}: C: expected costs that are finite or +inf (a forbidden pair), got {kind}{place}")
+
+
+def _check_moves(call: str, cost: Cost, C: Tensor | None, a: Tensor, b: Tensor, ranks: Ranks | None) -> None:
     """A row or column with mass must have an allowed pair with mass on the other side."""
+    with together(ranks):
+        rows, columns = _movable(cost, C, a, b)
+    if ranks is not None:
+        columns = ranks.all_reduce_(columns.double().to(ranks.device), "max").bool().to(b.device)
+    with together(ranks):
+        _check_stuck(call, "row", rows, a)
+    _check_stuck(call, "column", columns, b)
+
+
+def _movable(cost: Cost, C: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if C is not None:
         allowed = torch.isfinite(C.detach()) & (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
-        movable = allowed.any(-1), allowed.any(-2)
-    else:  # a function's tiles
-        rows, columns = [], torch.zeros_like(b, dtype=torch.bool)
-        step = cost.tile_rows()
-        for first in range(0, a.numel(), step):
-            with torch.no_grad():
-                tile = torch.isfinite(cost.tile(first, min(a.numel(), first + step)))
-            rows.append((tile & (b > 0)).any(-1))
-            columns |= (tile & (a[first : first + step] > 0).unsqueeze(-1)).any(-2)
-        movable = torch.cat(rows), columns
-    for name, can_move, weights in (("row", movable[0], a), ("column", movable[1], b)):
-        stuck = ~can_move & (weights > 0)
-        if bool(stuck.any()):
-            where = stuck.nonzero()[0].tolist()
-            batch = f" of problem {where[0]}" if len(where) == 2 else ""
-            raise ValueError(
-                f"{call}: C: {name} {where[-1]}{batch} has mass but no allowed move: all its costs are +inf, so no "
-                "plan exists; allow a pair, or set its weight to zero"
-            )
+        return allowed.any(-1), allowed.any(-2)
+    rows, columns = torch.zeros_like(a, dtype=torch.bool), torch.zeros_like(b, dtype=torch.bool)
+    step = cost.tile_rows()
+    for first in range(0, a.numel(), step):  # a function's tiles
+        with torch.no_grad():
+            tile = torch.isfinite(cost.tile(first, min(a.numel(), first + step)))
+        rows[first : first + step] = (tile & (b > 0)).any(-1)
+        columns |= (tile & (a[first : first + step] > 0).unsqueeze(-1)).any(-2)
+    return rows, columns
+
+
+def _check_stuck(call: str, name: str, can_move: Tensor, weights: Tensor) -> None:
+    stuck = ~can_move & (weights > 0)
+    if bool(stuck.any()):
+        where = stuck.nonzero()[0].tolist()
+        batch = f" of problem {where[0]}" if len(where) == 2 else ""
+        raise ValueError(
+            f"{call}: C: {name} {where[-1]}{batch} has mass but no allowed move: all its costs are +inf, so no "
+            "plan exists; allow a pair, or set its weight to zero"
+        )
 
 
 def exact_reg(call: str, C: Tensor, rho: tuple[float, float]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from kantor import _C
 from kantor._ops import backend
+from kantor._ranks import Ranks
 
 DENSE, SQEUCLIDEAN, EUCLIDEAN, LP, COSINE, CALLBACK = range(6)
 KINDS = {"sqeuclidean": SQEUCLIDEAN, "euclidean": EUCLIDEAN, "l1": LP, "lp": LP, "cosine": COSINE}
@@ -138,37 +139,39 @@ class Cost:
         n, m = self.shape
         return max(1, min(n, _TILE_ENTRIES // max(m, 1)))
 
-    def extent(self) -> tuple[float, float, bool]:
-        """Smallest and largest finite cost, or bounds of them for points, and whether some are infinite; found once."""
-        if "_extent" not in self.__dict__:
-            object.__setattr__(self, "_extent", self._find_extent())
+    def extent(self, ranks: Ranks | None = None) -> tuple[float, float, bool]:
+        """Smallest and largest finite cost, or bounds of them for points, and whether some are infinite; found once.
+
+        With `ranks` of the rows of all, who look together where one has not.
+        """
+        missing = "_extent" not in self.__dict__
+        if ranks is not None:
+            missing = ranks.max(missing)[0] > 0
+        if missing:
+            object.__setattr__(self, "_extent", self._find_extent(ranks))
         known: tuple[float, float, bool] = self.__dict__["_extent"]
         return known
 
-    def _find_extent(self) -> tuple[float, float, bool]:
+    def _find_extent(self, ranks: Ranks | None) -> tuple[float, float, bool]:
         if self.matrix is not None or self.function is not None:
-            low, high, infinite = math.inf, -math.inf, False
-            n, step = self.shape[0], self.tile_rows()
-            for first in range(0, n, step):
-                with torch.no_grad():
-                    tile = self.tile(first, min(n, first + step))
-                least, most = (float(t) for t in torch.aminmax(tile))
-                if least == -math.inf:
-                    return least, most, infinite
-                if math.isinf(most):
-                    infinite = True
-                    finite = tile[torch.isfinite(tile)]
-                    least, most = (float(t) for t in torch.aminmax(finite)) if finite.numel() else (math.inf, -math.inf)
-                if math.isnan(least):
-                    return math.nan, math.nan, infinite
-                low, high = min(low, least), max(high, most)
-            return low, high, infinite
+            if ranks is None:
+                return self._scan()
+            with ranks.together():
+                low, high, infinite = self._scan()
+            is_nan = math.isnan(low)  # which a maximum may lose
+            minus_low, high, some, wrong = ranks.max(-math.inf if is_nan else -low, high, infinite, is_nan)
+            return math.nan if wrong else -minus_low, high, some > 0
         if self.kind == COSINE:
             return 0.0, 2.0, False
         assert self.x is not None
         assert self.y is not None
         x, y = self.x.detach().double(), self.y.detach().double()
-        sides = torch.maximum(x.amax(0), y.amax(0)) - torch.minimum(x.amin(0), y.amin(0))
+        box = torch.cat([x, y[:1]])  # there may be no x
+        top = torch.cat([box.amax(0), -box.amin(0)])  # the corner of all x, and the opposite one with its sign turned
+        if ranks is not None:
+            top = ranks.all_reduce_(top.to(ranks.device), "max").to(x.device)
+        highest, lowest = top[: x.shape[1]], -top[x.shape[1] :]
+        sides = torch.maximum(highest, y.amax(0)) - torch.minimum(lowest, y.amin(0))
         if self.kind == SQEUCLIDEAN:
             high = float(sides.square().sum())
         elif self.kind == EUCLIDEAN:
@@ -176,6 +179,25 @@ class Cost:
         else:
             high = float(sides.pow(self.p).sum())
         return 0.0, high, False
+
+    def _scan(self) -> tuple[float, float, bool]:
+        """Go through the tiles."""
+        low, high, infinite = math.inf, -math.inf, False
+        n, step = self.shape[0], self.tile_rows()
+        for first in range(0, n, step):
+            with torch.no_grad():
+                tile = self.tile(first, min(n, first + step))
+            least, most = (float(t) for t in torch.aminmax(tile))
+            if least == -math.inf:
+                return least, most, infinite
+            if math.isinf(most):
+                infinite = True
+                finite = tile[torch.isfinite(tile)]
+                least, most = (float(t) for t in torch.aminmax(finite)) if finite.numel() else (math.inf, -math.inf)
+            if math.isnan(least):
+                return math.nan, math.nan, infinite
+            low, high = min(low, least), max(high, most)
+        return low, high, infinite
 
     def encode(self) -> Encoded:
         """For the native code; a callable writes its tiles into one buffer. CUDA code gets a workspace."""

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from kantor._ops import Context, backend, declare
+from kantor._ranks import Ranks
 from kantor.transport._cost import Cost, Encoded
+from kantor.transport._row_ranks import reductions
 
 # Columns of the `info` output of transport_potentials.
 STATUS, NEWTON, PASSES, SOLVES, CG, FACTORISATIONS, NEGATIVE, ENTRIES, ERROR, DUAL, SECONDS, STEPS, COUNT = range(13)
@@ -42,6 +44,14 @@ def history_length(count: int) -> int:
 
 
 INTERRUPTED = 5
+
+
+def nothing_yet(cost: Cost) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Potentials, info and history of a solve that was interrupted before it began."""
+    f, g = (torch.zeros(k, dtype=torch.float64, device=cost.device) for k in cost.shape)
+    info = torch.zeros(COUNT + 1, dtype=torch.float64)
+    info[STATUS], info[ERROR] = INTERRUPTED, math.inf
+    return f, g, info, torch.zeros(4, 1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -65,17 +75,23 @@ def run(
     relative: bool,
     start: Sequence[Tensor | None],
     options: Sequence[float],
+    ranks: Ranks | None = None,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Solve problems side by side; weights and potentials are float64 on the CPU.
 
-    Rows and columns without mass are left out; their potentials are -inf, and so their part of the plan is zero.
+    Rows and columns without mass are left out; their potentials are -inf, and so their part of the plan is zero. With
+    `ranks` there is one problem, and its rows are those of this rank.
     """
+
+    def over_rows(value: Tensor) -> float:
+        return float(value) if ranks is None else ranks.sum(float(value))[0]
+
     hard = math.isinf(rho[0]) and math.isinf(rho[1])
     tasks, kept, masses = [], [], []
     for cost, a_k, b_k, start_k in zip(costs, a, b, start, strict=True):
         if hard:  # of mass 1, to the last bit: float32 weights add up to others in float64
-            masses.append(float(a_k.sum()))
-            a_k, b_k = a_k / a_k.sum(), b_k / b_k.sum()
+            masses.append(over_rows(a_k.sum()))
+            a_k, b_k = a_k / masses[-1], b_k / b_k.sum()
         rows, columns = (None if bool((w > 0).all()) else (w > 0).nonzero().flatten() for w in (a_k, b_k))
         part = cost.select(rows, columns)
         a_part = a_k if rows is None else a_k[rows]
@@ -85,11 +101,7 @@ def run(
         if start_k is not None:
             g.copy_(start_k if columns is None else start_k[columns])
             g.nan_to_num_(0.0, 0.0, 0.0)
-        low, high, forbidden = part.extent()
-        if start_k is not None and hard:  # whatever it is, the start is a potential of this problem
-            g -= (b_part * g.clamp(-1e300, 1e300)).sum()
-            reach = 2 * (high - low) + 1000 * eps
-            g.clamp_(-reach, reach)
+        low, high, forbidden = part.extent(ranks)
         if start_k is not None and hard:  # whatever it is, the start is a potential of this problem
             g -= (b_part * g.clamp(-1e300, 1e300)).sum()
             reach = 2 * (high - low) + 1000 * eps
@@ -104,7 +116,12 @@ def run(
         kept.append((rows, columns))
     started = time.perf_counter()
     current = hooks.get()
-    outcomes = backend().transport_solve(method, tasks, list(options), current.monitor, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    if ranks is None:
+        outcomes = backend().transport_solve(method, tasks, list(options), current.monitor, threads)
+    else:
+        with reductions(ranks, tasks[0][5].numel()) as parts:
+            outcomes = backend().transport_solve(method, tasks, list(options), current.monitor, threads, parts)
     seconds = time.perf_counter() - started
     if not current.return_on_interrupt and any(outcome["status"] == INTERRUPTED for outcome in outcomes):
         raise KeyboardInterrupt
@@ -123,7 +140,7 @@ def run(
         f, g = task[4], task[5]
         if hard:
             g = g + eps * math.log(masses[k])  # P times the mass
-            shift = 0.5 * (torch.dot(task[2], g) - torch.dot(task[1], f))
+            shift = 0.5 * (torch.dot(task[2], g) - over_rows(torch.dot(task[1], f)))
             f, g = f + shift, g - shift
         fs.append(_restored(f, rows, a[k]))
         gs.append(_restored(g, columns, b[k]))

@@ -14,6 +14,7 @@ from torch import Tensor
 from kantor._checks import check_tensor, host_array
 from kantor._errors import ConvergenceError
 from kantor._ops import backend
+from kantor._ranks import Ranks
 from kantor._result import Status
 from kantor.transport._cost import Cost, is_tracked
 from kantor.transport._native import plan_of
@@ -110,6 +111,9 @@ class TransportResult:
     statistics : dict
         Counters of the solver: linear solves, iterations of CG, factorisations, largest sparse plan, events of
         negative curvature (0 unless rounding interferes).
+    ranks : Ranks or None
+        Of a problem whose rows are spread over processes: f, the plan and its products are of this one's rows, g, the
+        value and ``P' V`` of all. `value_linear` and ``apply(V, transpose=True)`` are then to be called by all ranks.
     """
 
     potentials: tuple[Tensor, Tensor]
@@ -134,6 +138,7 @@ class TransportResult:
     rounded: Tensor | None = None
     per_problem_status: list[TransportStatus] = field(default_factory=list)
     per_problem_error: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0))
+    ranks: Ranks | None = None
 
     # --- how it went ---
 
@@ -177,6 +182,8 @@ class TransportResult:
                 f"plan: a dense plan of {n} x {m} entries would need {n * m * 8 / 2**30:.1f} GiB; use plan_sparse(), "
                 "apply() or barycentric_map(), which do not form it"
             )
+        if n == 0:  # of a rank without rows
+            return torch.zeros(0, m, dtype=self.cost.dtype, device=self.cost.device)
         step = self.cost.tile_rows()
         return torch.cat([self.cost.tile(first, min(n, first + step)) for first in range(0, n, step)])
 
@@ -218,6 +225,8 @@ class TransportResult:
             return (P * torch.where(P > 0, C, 0.0)).sum((-2, -1))
         f, g = self._host_potentials()
         linear, _ = backend().transport_values(tuple(self.cost.encode()), self.reg, f, g, torch.get_num_threads())
+        if self.ranks is not None:
+            (linear,) = self.ranks.sum(linear)
         return torch.tensor(linear, dtype=torch.float64)
 
     def _pair_costs(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -258,7 +267,7 @@ class TransportResult:
         Parameters
         ----------
         threshold : float, optional
-            Default: what can leave out no more than a millionth of the mass, ``1e-6 mass / (n m)``.
+            Default: what can leave out no more than a millionth of the mass, ``1e-6 mass / (n m)``, over ranks in all.
         limit : int, optional
             Raise ValueError beyond this many entries; default 2^28.
         """
@@ -267,7 +276,7 @@ class TransportResult:
         cost = self._single("plan_sparse")
         n, m = self.shape
         if threshold is None:
-            threshold = 1e-6 * float(self.weights[1].sum()) / (n * m)
+            threshold = 1e-6 * float(self.weights[1].sum()) / (max(n, 1) * m * (self.ranks.size if self.ranks else 1))
         if not threshold >= 0:
             raise ValueError(f"plan_sparse: threshold: expected a number >= 0, got {threshold!r}")
         found = backend().transport_extract(
@@ -372,16 +381,20 @@ class _Apply(torch.autograd.Function):
         cost = result.cost
         assert isinstance(cost, Cost)
         source = V.detach().to("cpu", torch.float64)
-        matrix = source.reshape(source.shape[0], -1).contiguous()
+        matrix = source.reshape(source.shape[0], math.prod(source.shape[1:])).contiguous()
         out = torch.empty(m if transpose else n, matrix.shape[1], dtype=torch.float64)
         f, g = result._host_potentials()
         backend().transport_apply(
             tuple(cost.encode()), result.reg, f, g, matrix, out, transpose, torch.get_num_threads()
         )
+        if transpose and result.ranks is not None:
+            out = result.ranks.all_reduce_(out.to(result.ranks.device))
         return out.reshape(-1, *V.shape[1:]).to(V.device, V.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.result.ranks is not None:
+            raise ValueError("apply: over ranks there are no derivatives; detach V, or solve in one process")
         return _Apply.apply(grad, ctx.result, not ctx.transpose), None, None  # type: ignore[no-untyped-call]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from kantor._checks import check_float, check_tensor, host_array, is_readable
 from kantor._ops import backend
 from kantor._progress import progress_bar
+from kantor._ranks import Ranks
 from kantor.transport import _native
 from kantor.transport._arguments import (
     check_method,
@@ -35,6 +36,7 @@ from kantor.transport._arguments import (
 from kantor.transport._cost import Cost
 from kantor.transport._native import Hooks, hooks, transport_potentials
 from kantor.transport._result import TransportResult, TransportStatus, sparse_csr
+from kantor.transport._sharded import solve_rows
 from kantor.transport._value import dual_value, transport_value
 
 _MAX_ITER = {"newton": 500, "sns": 500, "sinkhorn": 100_000}
@@ -79,6 +81,7 @@ def solve(
     callback: TransportCallback | None = None,
     progress: bool = False,
     interrupt: str = "raise",
+    ranks: Ranks | None = None,
 ) -> Any:
     """Solve entropic optimal transport for a cost matrix.
 
@@ -123,6 +126,10 @@ def solve(
         Show a progress bar.
     interrupt : "raise" or "return"
         On Ctrl-C raise KeyboardInterrupt, or return what there is with status INTERRUPTED.
+    ranks : kantor.distributed.Ranks, optional
+        Processes that share one problem: each passes its own rows of C and of a, possibly none, and the whole of b;
+        everything else must be the same on all. f and the plan that come back are of its rows, g and the value of all.
+        Methods ``newton`` and ``sinkhorn``, reg > 0, no derivatives.
 
     Returns
     -------
@@ -132,9 +139,12 @@ def solve(
     ------
     ValueError
         Wrong shapes; NaN or -inf in C; negative or NaN weights; masses that differ; a row or column of infinite costs;
-        reg < 0 or NaN; an empty problem.
+        reg < 0 or NaN; an empty problem. With `ranks` an error on one is raised on all, and so are arguments that
+        differ among them.
     TypeError
         Not a tensor; an integer dtype; mixed dtypes.
+    RankError
+        With `ranks`: another process ended or stalled.
 
     Warns
     -----
@@ -146,6 +156,10 @@ def solve(
     One sweep costs n m exponentials; Newton's method takes 10 to 60 steps of two sweeps and one sparse linear solve
     each, next to independent of reg. Memory beyond C: O(n + m + nnz of the plan). float32 costs are read as they are
     and computed with in float64. The same input gives the same bits, for any number of threads.
+
+    Over R ranks a sweep costs n m / R exponentials and one sum of ``m + O(1)`` numbers over the ranks; Newton's systems
+    one such sum per iteration of conjugate gradients, or, where the plan is so sparse that a factor of the whole
+    system pays, its entries once to every rank. Results equal those of one process to rounding.
 
     References
     ----------
@@ -165,9 +179,19 @@ def solve(
         "grad": grad, "warm_up": warm_up, "density": density, "relaxation": relaxation, "eps_scaling": eps_scaling,
         "interrupt": interrupt,
     }  # fmt: skip
+    if ranks is not None and ranks.size > 1:
+        return solve_rows("solve", lambda: _rows_of_matrix(C), a, b, x0, callback, progress, options, ranks)
     if isinstance(C, list | tuple):
         return _solve_ragged(C, a, b, x0, callback, progress, options)
     return solve_matrix("solve", C, a, b, x0, callback, progress, options)
+
+
+def _rows_of_matrix(C: Any) -> Cost:
+    C = check_tensor(C, "solve", "C")
+    check_float(C, "solve", "C")
+    if C.ndim != 2 or C.shape[1] == 0:
+        raise ValueError(f"solve: C: expected shape (n, m) with m >= 1 on every rank, got {tuple(C.shape)}")
+    return Cost.dense(C)
 
 
 def solve_matrix(
@@ -293,14 +317,16 @@ def _solve_ragged(
 def run_points(
     call: str, cost: Cost, a: Tensor, b: Tensor, eps: float, rho: tuple[float, float], chosen: str,
     start: Tensor | None, options: dict[str, Any], callback: TransportCallback | None, progress: bool,
+    ranks: Ranks | None = None, rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Potentials of a problem of points, without derivatives."""
+    """Potentials of a problem of points, or of any over ranks, without derivatives; `rows` is n over all ranks."""
     n, m = cost.shape
-    numbers = _numbers(chosen, options, min(n * m, _POINT_ENTRIES))
+    size = (n if rows is None else rows) * m
+    numbers = _numbers(chosen, options, size if cost.matrix is not None else min(size, _POINT_ENTRIES))
     with _monitored(callback, progress, options["tol"], options["interrupt"]):
         fs, gs, info, history = _native.run(
             chosen, [cost], [a.detach().cpu().double()], [b.detach().cpu().double()], eps, rho,
-            options["reg_type"] == "kl", [None if start is None else start.cpu()], numbers,
+            options["reg_type"] == "kl", [None if start is None else start.cpu()], numbers, ranks,
         )  # fmt: skip
     return fs[0].to(cost.device), gs[0].to(cost.device), info[0], history[0]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kantor._checks import check_finite, check_float, check_same, check_tensor, is_readable
 from kantor._ops import backend
+from kantor._ranks import Ranks
 from kantor.transport._arguments import (
     EXACT_REG,
     check_method,
@@ -24,8 +25,9 @@ from kantor.transport._arguments import (
     weights_of,
 )
 from kantor.transport._cost import SQEUCLIDEAN, Cost, TileFunction, check_cost_name, is_tracked
-from kantor.transport._native import COUNT, ERROR, INTERRUPTED, STATUS, plan_of
+from kantor.transport._native import nothing_yet, plan_of
 from kantor.transport._result import TransportResult
+from kantor.transport._sharded import solve_rows
 from kantor.transport._value import dual_value, weight_gradient
 from kantor.transport.solve import (
     TransportCallback,
@@ -62,6 +64,7 @@ def solve_sample(
     callback: TransportCallback | None = None,
     progress: bool = False,
     interrupt: str = "raise",
+    ranks: Ranks | None = None,
 ) -> TransportResult:
     """Solve entropic optimal transport between two weighted samples.
 
@@ -81,8 +84,8 @@ def solve_sample(
         Exponent of ``"lp"``.
     method, tol, max_iter, unbalanced, reg_type, x0, grad, warm_up, density, relaxation
         As for :func:`solve`.
-    callback, progress, interrupt
-        As for :func:`solve`.
+    callback, progress, interrupt, ranks
+        As for :func:`solve`; over ranks each passes its own rows of X and of a, and the whole of Y and b.
 
     Returns
     -------
@@ -118,27 +121,25 @@ def solve_sample(
         "grad": grad, "warm_up": warm_up, "density": density, "relaxation": relaxation, "eps_scaling": False,
         "interrupt": interrupt,
     }  # fmt: skip
+    if ranks is not None and ranks.size > 1:
+
+        def read() -> Cost:
+            check_cost_name(cost, p, call)
+            points = _point_pair(call, X, Y, least=0)
+            _check_points(call, *points, cost)
+            return Cost.points(*points, cost, p)
+
+        return solve_rows(call, read, a, b, x0, callback, progress, options, ranks, _coarse_start)
     check_options(call, options)
     check_cost_name(cost, p, call)
-    X, Y = _points(call, X, "X"), _points(call, Y, "Y")
-    check_same(call, [("X", X), ("Y", Y)])
-    if X.shape[1] != Y.shape[1]:
-        raise ValueError(f"{call}: X and Y: expected points of one dimension, got {X.shape[1]} and {Y.shape[1]}")
+    X, Y = _point_pair(call, X, Y)
     n, m = X.shape[0], Y.shape[0]
     a, b = weights_of(call, X[:1], a, n, "a"), weights_of(call, X[:1], b, m, "b")
     rho = strengths(call, unbalanced)
     eps = regularisation(call, reg)
     if grad == "none":
         X, Y, a, b, eps = (t.detach() for t in (X, Y, a, b, eps))
-    check_finite(X, call, "X")
-    check_finite(Y, call, "Y")
-    if cost == "cosine":
-        for name, points in (("X", X), ("Y", Y)):
-            zero = (points.detach() == 0).all(-1)
-            if bool(zero.any()):
-                raise ValueError(
-                    f"{call}: {name}: expected nonzero points for the cosine, got zeros in row {int(zero.nonzero()[0])}"
-                )
+    _check_points(call, X, Y, cost)
     tracked = is_tracked(X, Y, a, b, eps)
     if (tracked and n * m * X.shape[1] <= _DENSE_NUMBERS) or not is_readable(X):
         problem = Cost.points(X, Y, cost, p)
@@ -166,63 +167,101 @@ def solve_sample(
     except KeyboardInterrupt:  # before there is anything to return
         if interrupt == "raise":
             raise
-        f, g, info, history = _nothing_yet(X, Y)
+        f, g, info, history = nothing_yet(plain)
     value = _PointValue.apply(X, Y, a, b, eps, f, g, (cost, p, rho, reg_type == "kl"))  # type: ignore[no-untyped-call]
     result = _make_result(problem, (a, b), f, g, value, eps.detach(), info, history, method, chosen, tol, exact)
     result = replace(result, seconds=time.perf_counter() - started)
     return _warned(certify(result) if exact else result, call, depth=3)
 
 
-def _nothing_yet(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    f, g = (torch.zeros(t.shape[0], dtype=torch.float64, device=t.device) for t in (X, Y))
-    info = torch.zeros(COUNT + 1, dtype=torch.float64)
-    info[STATUS], info[ERROR] = INTERRUPTED, math.inf
-    return f, g, info, torch.zeros(4, 1, dtype=torch.float64)
+def _point_pair(call: str, X: Any, Y: Any, least: int = 1) -> tuple[Tensor, Tensor]:
+    """X and Y as (n, d) and (m, d), n at least `least`."""
+    X, Y = _points(call, X, "X", least), _points(call, Y, "Y")
+    check_same(call, [("X", X), ("Y", Y)])
+    if X.shape[1] != Y.shape[1]:
+        raise ValueError(f"{call}: X and Y: expected points of one dimension, got {X.shape[1]} and {Y.shape[1]}")
+    return X, Y
 
 
-def _points(call: str, t: Any, name: str) -> Tensor:
+def _check_points(call: str, X: Tensor, Y: Tensor, cost: str | TileFunction) -> None:
+    """Check values."""
+    check_finite(X, call, "X")
+    check_finite(Y, call, "Y")
+    if cost == "cosine":
+        for name, points in (("X", X), ("Y", Y)):
+            zero = (points.detach() == 0).all(-1)
+            if bool(zero.any()):
+                raise ValueError(
+                    f"{call}: {name}: expected nonzero points for the cosine, got zeros in row {int(zero.nonzero()[0])}"
+                )
+
+
+def _points(call: str, t: Any, name: str, least: int = 1) -> Tensor:
     points = check_tensor(t, call, name)
     check_float(points, call, name)
     if points.ndim == 1:
         points = points.unsqueeze(-1)
-    if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] == 0:
+    if points.ndim != 2 or points.shape[0] < least or points.shape[1] == 0:
         raise ValueError(f"{call}: {name}: expected points of shape (n, d) with n, d >= 1, got {tuple(points.shape)}")
     return points
 
 
 def _coarse_start(
-    cost: Cost, a: Tensor, b: Tensor, eps: float, rho: tuple[float, float], options: dict[str, Any]
+    cost: Cost,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    rho: tuple[float, float],
+    options: dict[str, Any],
+    ranks: Ranks | None = None,
 ) -> Tensor | None:
     """Start of a large problem: the potential of a sample of its points, extended to all by its own formula."""
     n, m = cost.shape
+    if ranks is not None:
+        n = int(ranks.sum(n)[0])
     if n * m < 1 << 24 or min(n, m) < 1000:
         return None
     generator = torch.Generator().manual_seed(0)
-    small = []
-    for w, size in ((a, n), (b, m)):
-        count = max(1000, size // 8)
-        weights = w.detach().cpu().double()
-        if size <= count:
-            small.append((None, weights))
-            continue
-        shares = weights.cumsum(0)
-        draws = torch.rand(count, dtype=torch.float64, generator=generator) * shares[-1]
-        index = torch.searchsorted(shares, draws).clamp(max=size - 1).unique()
-        # Points drawn by weight count alike; a mass of one problem stays the mass of the other.
-        small.append((index, torch.full((index.numel(),), float(weights.sum()) / index.numel(), dtype=torch.float64)))
-    (rows, a_small), (columns, b_small) = small
+    (rows, a_small), (columns, b_small) = _drawn(a, n, generator, ranks), _drawn(b, m, generator, None)
     part = cost.select(rows, columns)
     if part.matrix is None and part.function is not None:
         return None  # a function's cost is the user's time
     rough = {**options, "tol": 1e-3, "interrupt": "raise"}  # nothing is worth returning yet
-    f, _, _, _ = run_points("solve_sample", part, a_small, b_small, eps, rho, "newton", None, rough, None, False)
+    drawn = None if ranks is None else int(ranks.sum(part.shape[0])[0])
+    f, _, _, _ = run_points(
+        "solve_sample", part, a_small, b_small, eps, rho, "newton", None, rough, None, False, ranks, drawn
+    )
     f = torch.where(torch.isfinite(f), f, 0.0).cpu()
     wide = cost.select(rows, None)
-    log_sums = torch.empty(m, dtype=torch.float64)
-    backend().transport_column_log_sums(tuple(wide.encode()), eps, f, log_sums, torch.get_num_threads())
+    log_sums = torch.full((m,), -math.inf, dtype=torch.float64)
+    if wide.shape[0]:
+        backend().transport_column_log_sums(tuple(wide.encode()), eps, f, log_sums, torch.get_num_threads())
+    if ranks is not None:
+        top = ranks.all_reduce_(log_sums.to(ranks.device, copy=True), "max")
+        top = torch.where(torch.isfinite(top), top, 0.0)
+        log_sums = (ranks.all_reduce_(torch.exp(log_sums.to(top) - top)).log() + top).cpu()
     slope = 1.0 if math.isinf(rho[1]) else rho[1] / (rho[1] + eps)
     log_b = torch.log(b.detach().cpu().double())
     return torch.where(torch.isfinite(log_b), slope * eps * (log_b - log_sums), 0.0)
+
+
+def _drawn(w: Tensor, size: int, generator: torch.Generator, ranks: Ranks | None) -> tuple[Tensor | None, Tensor]:
+    """Which of `size` points a sample by weight has, and their weights; over ranks those of this one among all."""
+    count = max(1000, size // 8)
+    weights = w.detach().cpu().double()
+    if size <= count:
+        return None, weights
+    shares, before, mass = weights.cumsum(0), 0.0, float(weights.sum())
+    if ranks is not None:
+        masses = [float(part) for part in ranks.all_gather(torch.tensor([mass], dtype=torch.float64).to(ranks.device))]
+        before, mass = sum(masses[: ranks.rank]), sum(masses)
+    draws = torch.rand(count, dtype=torch.float64, generator=generator) * (shares[-1] if ranks is None else mass)
+    if ranks is not None:
+        draws = draws[(draws > before) & (draws <= before + shares[-1:].sum())] - before
+    index = torch.searchsorted(shares, draws).clamp(max=weights.numel() - 1).unique()
+    found = index.numel() if ranks is None else max(int(ranks.sum(index.numel())[0]), 1)
+    # Points drawn by weight count alike; a mass of one problem stays the mass of the other.
+    return index, torch.full((index.numel(),), mass / found, dtype=torch.float64)
 
 
 class _PointValue(torch.autograd.Function):
