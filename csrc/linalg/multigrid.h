@@ -115,6 +115,10 @@ struct Hierarchy {
   int workers = 1;  // on the CPU: how many the workspace has room for
 
   int64_t n() const { return levels.front().n; }
+  // What processes that share a grid with thin walls have below it; on the CPU only.
+  bool begins_with_graph() const {
+    return levels.front().kind == LevelKind::graph || levels.front().kind == LevelKind::factor;
+  }
 };
 
 inline constexpr int64_t graph_sweeps = 2;  // of Gauss-Seidel on graphs, before and after
@@ -172,10 +176,10 @@ Hierarchy<S> hierarchy_view(const std::vector<LevelLayout>& layouts, const std::
   return M;
 }
 
-// Elements of S of workspace for one cycle: b, x and e of the levels below the first, x of the first.
+// Elements of S of workspace for one cycle: b, x and e of the levels below the first, x of the first (all, on a graph).
 template <class S>
 int64_t cycle_workspace(const Hierarchy<S>& M) {
-  int64_t size = M.n();
+  int64_t size = M.begins_with_graph() ? 4 * M.n() : M.n();
   for (size_t l = 1; l < M.levels.size(); ++l) size += 4 * M.levels[l].n;
   return size;
 }
@@ -187,16 +191,21 @@ int64_t cycle_workspace(const Hierarchy<S>& M) {
 //   correct(l)     between the two visits of level l: saves e_l, b_l := b_l - A e_l
 //   add(l)         after the second: e_l += what was saved
 template <class Passes>
+void visit(Passes& passes, size_t level, size_t levels);
+template <class Passes>
 void cycle(Passes& passes, size_t level, size_t levels) {
   if (level + 1 == levels) return passes.solve_last();
   passes.down(level);
-  cycle(passes, level + 1, levels);
-  if (passes.visits(level + 1) == 2) {
-    passes.correct(level + 1);
-    cycle(passes, level + 1, levels);
-    passes.add(level + 1);
-  }
+  visit(passes, level + 1, levels);
   passes.up(level);
+}
+template <class Passes>
+void visit(Passes& passes, size_t level, size_t levels) {
+  cycle(passes, level, levels);
+  if (passes.visits(level) != 2) return;
+  passes.correct(level);
+  cycle(passes, level, levels);
+  passes.add(level);
 }
 
 // z = M r for one vector. `work` holds multigrid_workspace elements of S; it needs no particular contents. On CUDA it
@@ -213,5 +222,26 @@ template <class S, class T>
 void multigrid_cpu(Team& team, const Hierarchy<S>& M, const T* r, S* work, T* z);
 template <class S, class T>
 void multigrid_cuda(const Exec& exec, const Hierarchy<S>& M, const T* r, S* work, T* z);
+
+// One pass, down(l) or up(l), over planes `own` of a grid of which one process holds a part. The planes around them are
+// ghosts, data from other processes, as many as the stages reach (python/kantor/distributed/multigrid.py counts them);
+// the array starts with an even plane, so that blocks and colours are those of the whole. The way down writes x two
+// planes beyond `own`, and `coarse` for the blocks of `own`, which begins with a block; the way up writes `out`.
+template <class S>
+struct SlabPass {
+  GridLevel<S> grid;
+  GridSmoother smoother;
+  int64_t sweeps;
+  bool up;
+  Range own;
+  const S* b;
+  S *x, *out;
+  S* coarse;
+  int64_t first_coarse;  // in `coarse`, the plane of the grid's first blocks; may be negative
+};
+template <class S>
+int64_t slab_pass_workspace(int64_t ny, int64_t nx, int64_t sweeps, int threads);  // elements
+template <class S>
+void slab_pass_cpu(Team& team, const SlabPass<S>& pass, S* work);
 
 }  // namespace kantor

@@ -7,6 +7,7 @@
 // count.
 #include <vector>
 
+#include "core/error.h"
 #include "linalg/multigrid_kernels.h"
 
 namespace kantor {
@@ -158,6 +159,7 @@ class CudaPasses {
 template <class S, class T>
 void multigrid_cuda(const Exec& exec, const Hierarchy<S>& M, const T* r, S* work, T* z) {
   const simt::DeviceGuard guard(exec.device);
+  require(!M.begins_with_graph(), "multigrid: a hierarchy that begins with a graph is for the CPU");
   if (M.levels.size() == 1) {  // a grid so small that it is solved exactly
     SIMT_LAUNCH((dense_kernel<S, T, T>), dim3(1), threads_per_block, 0, exec.stream, M.n(), M.levels[0].dense, r, z);
     return;

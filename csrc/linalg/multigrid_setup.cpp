@@ -55,7 +55,8 @@ struct VoxelGrid {
 template <class S>
 struct FaceGrid {
   int64_t nz, ny, nx;
-  const GridCoefficients<S>& c;  // outlives the view
+  FaceArrays<S> c;
+  int64_t size() const { return nz * ny * nx; }
   double below(int64_t i) const { return c.below[i]; }
   double front(int64_t i) const { return c.front[i]; }
   double left(int64_t i) const { return c.left[i]; }
@@ -131,22 +132,16 @@ void for_planes(Team& team, int64_t planes, int64_t cells, Body&& body) {
 }
 
 template <class Grid>
-int64_t count_splits(const Grid& grid, Team& team) {
-  const int64_t bz = (grid.nz + 1) / 2, by = (grid.ny + 1) / 2, bx = (grid.nx + 1) / 2;
-  std::vector<int64_t> splits(static_cast<size_t>(bz), 0);
-  for_planes(team, bz, grid.nz * grid.ny * grid.nx, [&](int64_t z) {
+int64_t count_splits(const Grid& grid, Range planes, Team& team) {
+  const int64_t by = (grid.ny + 1) / 2, bx = (grid.nx + 1) / 2;
+  std::vector<int64_t> splits(static_cast<size_t>(planes.size()), 0);
+  for_planes(team, planes.size(), grid.nz * grid.ny * grid.nx, [&](int64_t k) {
+    const int64_t z = planes.begin + k;
     for (int64_t y = 0; y < by; ++y)
       for (int64_t x = 0; x < bx; ++x)
-        if (!is_whole(grid, 2 * z, 2 * y, 2 * x)) splits[z] += std::max(block_of(grid, z, y, x).parts - 1, 0);
+        if (!is_whole(grid, 2 * z, 2 * y, 2 * x)) splits[k] += std::max(block_of(grid, z, y, x).parts - 1, 0);
   });
   return std::accumulate(splits.begin(), splits.end(), int64_t{0});
-}
-
-// Whether blocks fall apart at more than a tenth of the grid's cross section: fewer the iteration makes up for.
-bool walls_matter(int64_t splits, int64_t nz, int64_t ny, int64_t nx) {
-  const int dims = (nz > 1) + (ny > 1) + (nx > 1);
-  const double blocks = double((nz + 1) / 2) * double((ny + 1) / 2) * double((nx + 1) / 2);
-  return double(splits) > std::max(6.0, 0.1 * std::pow(blocks, dims > 1 ? double(dims - 1) / dims : 0.0));
 }
 
 template <class S>
@@ -182,13 +177,14 @@ GridCoefficients<S> coarsen_grid(const Grid& fine, double factor, Team& team) {
 }
 
 template <class S>
-std::vector<S> inverse_diagonal(const GridCoefficients<S>& c, Team& team) {
-  const int64_t plane = c.ny * c.nx;
-  std::vector<S> inverse(c.d.size());
-  for_planes(team, c.nz, c.nz * plane, [&](int64_t z) {
+std::vector<S> inverse_diagonal(const FaceGrid<S>& grid, Team& team) {
+  const int64_t plane = grid.ny * grid.nx;
+  const FaceArrays<S>& c = grid.c;
+  std::vector<S> inverse(static_cast<size_t>(grid.size()));
+  for_planes(team, grid.nz, grid.size(), [&](int64_t z) {
     for (int64_t i = z * plane; i < (z + 1) * plane; ++i) {
-      const S diagonal =
-          c.d[i] + (c.below[i] + c.below[i + plane]) + (c.front[i] + c.front[i + c.nx]) + (c.left[i] + c.left[i + 1]);
+      const S diagonal = c.d[i] + (c.below[i] + c.below[i + plane]) + (c.front[i] + c.front[i + grid.nx]) +
+                         (c.left[i] + c.left[i + 1]);
       inverse[i] = diagonal > 0 ? 1 / diagonal : S(0);
     }
   });
@@ -286,8 +282,8 @@ class Builder {
   void build(const Grid& finest) {
     std::vector<GridCoefficients<S>> coarse;
     bool walls = options_.walls && has_walls(finest);
-    for (int64_t l = 0; !walls; ++l) {
-      const bool first = l == 0;
+    for (int64_t l = level(); !walls; ++l) {
+      const bool first = coarse.empty();
       const int64_t n = first ? cells_of(finest) : cells_of(coarse.back());
       if (n <= dense_limit) break;
       coarse.push_back(first ? coarsen_grid<S>(finest, dirichlet_factor(l), team_)
@@ -297,7 +293,7 @@ class Builder {
     if (walls) {
       std::vector<int32_t> labels;
       std::vector<int64_t> first_nodes;
-      const GraphCoefficients<S> parts = graph_of_parts<S>(finest, dirichlet_factor(0), labels, first_nodes);
+      const GraphCoefficients<S> parts = graph_of_parts<S>(finest, dirichlet_factor(level()), labels, first_nodes);
       LevelLayout layout = grid_layout(finest);
       layout.offset[GridArrays::labels] = arena_.add(labels);
       layout.offset[GridArrays::first_nodes] = arena_.add(first_nodes);
@@ -311,16 +307,17 @@ class Builder {
   void build_from(const GridCoefficients<S>& finest) { build(view(finest)); }
 
  private:
-  int64_t level() const { return static_cast<int64_t>(built_.levels.size()); }
+  int64_t level() const { return options_.first_level + static_cast<int64_t>(built_.levels.size()); }
 
-  static FaceGrid<S> view(const GridCoefficients<S>& c) { return {c.nz, c.ny, c.nx, c}; }
+  static FaceGrid<S> view(const GridCoefficients<S>& c) { return {c.nz, c.ny, c.nx, c.arrays()}; }
   template <class Grid>
   static int64_t cells_of(const Grid& grid) {
     return grid.nz * grid.ny * grid.nx;
   }
   template <class Grid>
   bool has_walls(const Grid& grid) const {
-    return cells_of(grid) > dense_limit && walls_matter(count_splits(grid, team_), grid.nz, grid.ny, grid.nx);
+    return cells_of(grid) > dense_limit &&
+           walls_matter(count_splits(grid, {0, (grid.nz + 1) / 2}, team_), grid.nz, grid.ny, grid.nx);
   }
 
   LevelLayout grid_layout(const VoxelGrid& grid) {
@@ -331,10 +328,11 @@ class Builder {
 
   LevelLayout grid_layout(const FaceGrid<S>& grid) {
     LevelLayout layout = level_layout(LevelKind::faces, grid.nz, grid.ny, grid.nx);
-    layout.offset[GridArrays::below] = arena_.add(grid.c.below);
-    layout.offset[GridArrays::front] = arena_.add(grid.c.front);
-    layout.offset[GridArrays::left] = arena_.add(grid.c.left);
-    layout.offset[GridArrays::inverse_diagonal] = arena_.add(inverse_diagonal(grid.c, team_));
+    const auto n = static_cast<size_t>(grid.size());
+    layout.offset[GridArrays::below] = arena_.add(grid.c.below, n + static_cast<size_t>(grid.ny * grid.nx));
+    layout.offset[GridArrays::front] = arena_.add(grid.c.front, n + static_cast<size_t>(grid.nx));
+    layout.offset[GridArrays::left] = arena_.add(grid.c.left, n + 1);
+    layout.offset[GridArrays::inverse_diagonal] = arena_.add(inverse_diagonal(grid, team_));
     return smoothing(layout);
   }
 
@@ -490,6 +488,29 @@ GridCoefficients<S> grid_from_faces(const FinestGrid<T>& g) {
 
 }  // namespace
 
+bool walls_matter(int64_t splits, int64_t nz, int64_t ny, int64_t nx) {
+  const int dims = (nz > 1) + (ny > 1) + (nx > 1);
+  const double blocks = double((nz + 1) / 2) * double((ny + 1) / 2) * double((nx + 1) / 2);
+  return double(splits) > std::max(6.0, 0.1 * std::pow(blocks, dims > 1 ? double(dims - 1) / dims : 0.0));
+}
+
+template <class S>
+GridCoefficients<S> coarsen_slab(int64_t nz, int64_t ny, int64_t nx, const uint16_t* cells, FaceArrays<S> faces,
+                                 int64_t level, Range counted, int threads, int64_t& splits) {
+  GridCoefficients<S> coarse;
+  Team::run(threads_for(threads, nz * ny * nx), true, [&](Team& team) {
+    const auto coarsen = [&](const auto& grid) {
+      splits = count_splits(grid, counted, team);
+      coarse = coarsen_grid<S>(grid, dirichlet_factor(level), team);
+    };
+    if (cells)
+      coarsen(VoxelGrid{nz, ny, nx, cells});
+    else
+      coarsen(FaceGrid<S>{nz, ny, nx, faces});
+  });
+  return coarse;
+}
+
 template <class S, class T>
 BuiltHierarchy build_hierarchy(const FinestGrid<T>& finest, const SetupOptions& options) {
   BuiltHierarchy built;
@@ -504,6 +525,10 @@ BuiltHierarchy build_hierarchy(const FinestGrid<T>& finest, const SetupOptions& 
   return built;
 }
 
+template GridCoefficients<float> coarsen_slab(int64_t, int64_t, int64_t, const uint16_t*, FaceArrays<float>, int64_t,
+                                              Range, int, int64_t&);
+template GridCoefficients<double> coarsen_slab(int64_t, int64_t, int64_t, const uint16_t*, FaceArrays<double>, int64_t,
+                                               Range, int, int64_t&);
 template BuiltHierarchy build_hierarchy<float>(const FinestGrid<float>&, const SetupOptions&);
 template BuiltHierarchy build_hierarchy<float>(const FinestGrid<double>&, const SetupOptions&);
 template BuiltHierarchy build_hierarchy<double>(const FinestGrid<float>&, const SetupOptions&);

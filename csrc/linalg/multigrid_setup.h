@@ -27,6 +27,7 @@ struct SetupOptions {
   const double* stencils = nullptr;  // (levels, 27): of level l, the last one for all below; null: no stencils
   const double* scales = nullptr;    // (levels)
   int64_t stencil_levels = 0;
+  int64_t first_level = 0;  // that the finest grid is: a coarse one, if processes that share it coarsened it before
   int threads = 1;
 };
 
@@ -35,11 +36,17 @@ BuiltHierarchy build_hierarchy(const FinestGrid<T>& finest, const SetupOptions& 
 
 // --- parts of it ---
 
-// A grid with coefficients while it is being coarsened; arrays as in GridLevel, and d, the Dirichlet diagonal.
+// The coefficients of a grid: arrays as in GridLevel, and d, the Dirichlet diagonal.
+template <class S>
+struct FaceArrays {
+  const S *below, *front, *left, *d;
+};
+// While it is being coarsened.
 template <class S>
 struct GridCoefficients {
   int64_t nz, ny, nx;
   std::vector<S> below, front, left, d;
+  FaceArrays<S> arrays() const { return {below.data(), front.data(), left.data(), d.data()}; }
 };
 
 // A graph while it is being coarsened. Edges of node i: col[crow[i]..crow[i+1]) with their weights; `position` is the
@@ -55,6 +62,15 @@ struct GraphCoefficients {
   std::vector<Position> position;
   int64_t n() const { return static_cast<int64_t>(d.size()); }
 };
+
+// Whether blocks fall apart at more than a tenth of the grid's cross section: fewer the iteration makes up for.
+bool walls_matter(int64_t splits, int64_t nz, int64_t ny, int64_t nx);
+
+// The next level of the planes that one process holds of a grid, the first of them even; the grid has cells or faces.
+// `splits` becomes how often the blocks of planes `counted` (of blocks) fall apart.
+template <class S>
+GridCoefficients<S> coarsen_slab(int64_t nz, int64_t ny, int64_t nx, const uint16_t* cells, FaceArrays<S> faces,
+                                 int64_t level, Range counted, int threads, int64_t& splits);
 
 // The interpolation between two graphs.
 template <class S>

@@ -152,10 +152,43 @@ def multigrid_setup(
     walls: bool,
     stencils: Tensor | None,  # float64 (levels, 27)
     scales: Tensor | None,  # float64 (levels,)
+    first_level: int,
     threads: int,
 ) -> tuple[Any, list[int]]: ...
 def multigrid_workspace(layout: Sequence[int], threads: int) -> int: ...  # bytes
 def multigrid_apply(operands: Sequence[Tensor], layout: Sequence[int], r: Tensor, z: Tensor, threads: int) -> None: ...
+
+multigrid_dense_limit: int  # unknowns of a level that is solved exactly
+
+# The parts of a grid that several processes share (csrc/bind/multigrid.cpp); host tensors.
+def multigrid_coarsen(
+    grid: Sequence[Tensor],
+    nz: int,
+    ny: int,
+    nx: int,
+    level: int,
+    begin: int,
+    end: int,
+    coarse: Sequence[Tensor],
+    threads: int,
+) -> int: ...
+def multigrid_walls_matter(splits: int, nz: int, ny: int, nx: int) -> bool: ...
+def multigrid_pass(
+    grid: Sequence[Tensor],
+    nodes: Sequence[Tensor],
+    stencil: Tensor | None,
+    scale: float,
+    place: Sequence[int],  # nz, ny, nx, begin, end, first coarse plane
+    sweeps: int,
+    up: bool,
+    b: Tensor,
+    x: Tensor,
+    out: Tensor,
+    coarse: Tensor,
+    workspace: Tensor,
+    threads: int,
+) -> None: ...
+def multigrid_pass_workspace(ny: int, nx: int, sweeps: int, width: int, threads: int) -> int: ...  # bytes
 
 # The number of closed components; writes their labels, int32, -1 elsewhere. Host tensors.
 def closed_components(cells: Tensor, labels: Tensor, nz: int, ny: int, nx: int) -> int: ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -136,13 +136,15 @@ class Ranks:
             self.traffic.add("all_reduce", 1, tensor.nbytes)
         return tensor
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in the order of the ranks. They may differ in their first dimension only."""
+    def all_gather(self, tensor: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
+        """Every rank's tensor, in the order of the ranks. They may differ in their first dimension only.
+
+        The lengths, `counts`, are exchanged first unless they are given.
+        """
         if self.size == 1:
             return [tensor]
-        lengths = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        lengths[self.rank] = tensor.shape[0]
-        counts = self.all_reduce_(lengths).tolist()
+        if counts is None:
+            counts = [row[0] for row in self.table(tensor.shape[0])]
         longest = max(counts)
         mine = tensor.new_zeros((longest, *tensor.shape[1:]))
         mine[: tensor.shape[0]] = tensor

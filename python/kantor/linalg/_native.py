@@ -306,10 +306,10 @@ def run_cg(
     maxiter: int,
     *,
     apply: Callable[[Tensor, Tensor], Tensor] | None = None,
-    precondition: Callable[[Tensor], Tensor] | None = None,
+    precondition: Callable[[Tensor, Tensor], Tensor] | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the native loop on b (..., n); ``apply(x, out)`` and ``precondition(r)`` stand in for A and M, on (..., n).
+    """Run the native loop on b (..., n); ``apply(x, out)`` and ``precondition(r, out)`` stand in for A and M.
 
     With `ranks` all vectors hold this rank's rows, of which there may be none.
     """
@@ -339,7 +339,7 @@ def run_cg(
 
     def precondition_callback() -> None:
         assert precondition is not None
-        z.copy_(precondition(r.view(shape)).reshape(z.shape))
+        precondition(r.view(shape), z.view(shape))
 
     M = with_workspace(M, b2)
     sums = None if ranks is None else RankSums(ranks, batch, b2)

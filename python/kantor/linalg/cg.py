@@ -275,7 +275,7 @@ class _Problem:
     def _called(self, b: Tensor, x0: Tensor | None, atol: float, maxiter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The native loop with Python callbacks for what is not native."""
         apply = None if self.A.is_native else self.A.write_product
-        precondition = None if self.M is None or self.M.is_native else self.M.matvec
+        precondition = None if self.M is None or self.M.is_native else self.M.write_product
         A = self.A.encode() if apply is None else _NONE
         M = _NONE if self.M is None or precondition is not None else self.M.encode()
         return run_cg(A, M, b, x0, self.rtol, atol, maxiter, apply=apply, precondition=precondition, ranks=self.ranks)
@@ -319,7 +319,7 @@ class _Problem:
         """Whether a preconditioner of single precision would see residuals of double vectors vanish or overflow."""
         if not isinstance(self.M, Multigrid) or self.M.precision is self.b.dtype or self.b.dtype is torch.float32:
             return False
-        sizes = _native.sizes(self.b.detach())
+        sizes = _native.sizes(largest(self.b.detach(), self.ranks))
         return bool(((sizes < 2.0**-60) | (sizes > 2.0**60)).any() and sizes.isfinite().all())
 
     def _rescaled(

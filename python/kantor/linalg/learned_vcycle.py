@@ -163,7 +163,7 @@ class LearnedVCycle(nn.Module):
         options: dict[str, Any] = {"sweeps": self.nu, "walls": walls, "precision": precision}
         if self.smoother == "stencil":
             options |= {"stencils": self.stencils.detach().clone(), "scales": self.scales.detach().clone()}
-        return Multigrid(grid, smoother=self.smoother, **options)
+        return grid._multigrid(smoother=self.smoother, **options)
 
     def contraction(self, grid: PoissonGrid, iterations: int = 50) -> list[float]:
         """Return for each level below which there is another the largest eigenvalue of a sweep's ``N A``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +98,44 @@ class Multigrid(LinearOperator):
         walls: bool = True,
         precision: torch.dtype = torch.float32,
     ) -> None:
+        kernels, factors = self._set_options(A, smoother, sweeps, omega, stencils, scales, walls, precision)
+        if A.ranks is not None:
+            raise TypeError(f"Multigrid: A: {A!r} is shared by processes; use kantor.distributed.ShardedMultigrid(A)")
+        operands = [host(t) for t in A.encode().operands]
+        self._exponent = 0
+        if A.face_coef is None:
+            operands[0] = operands[0].reshape(-1)
+        else:  # brought to size one by a power of two, whatever the precision of the cycle can hold
+            largest = max(float(t.abs().max()) for t in operands[1:])
+            self._exponent = math.frexp(largest)[1] if largest > 0 else 0
+            operands = [torch.ldexp(t, torch.tensor(-self._exponent)).contiguous() for t in operands]
+        nz, ny, nx = A._native_grid
+        arena, levels = _C.multigrid_setup(
+            operands,
+            nz,
+            ny,
+            nx,
+            precision is torch.float32,
+            walls,
+            kernels,
+            factors,
+            0,
+            torch.get_num_threads(),
+        )
+        self._arena = torch.from_numpy(arena).to(self.device)
+        self._layout = self._encoded_layout(self.shape[0], levels)
+
+    def _encoded_layout(self, n: int, levels: Sequence[int]) -> list[int]:
+        """Of a hierarchy with n unknowns on its first level: csrc/linalg/preconditioner.h."""
+        width = 4 if self.precision is torch.float32 else 8
+        count = len(levels) // _C.level_layout_size
+        return [MULTIGRID, n, width, int(self.smoother != "rbgs"), self.sweeps, count, *levels]
+
+    def _set_options(
+        self, A: PoissonGrid, smoother: str, sweeps: int, omega: float, stencils: Any, scales: Any, walls: bool,
+        precision: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Check and keep them; kernels (levels, 27) and factors (levels,) as native code takes them."""
         if not isinstance(A, PoissonGrid):
             raise TypeError(f"Multigrid: A: expected a PoissonGrid, got {type(A).__name__}; use M='ic0' for matrices")
         if smoother not in ("rbgs", "jacobi", "stencil"):
@@ -124,41 +162,12 @@ class Multigrid(LinearOperator):
             raise ValueError("Multigrid: scales: expected one a level, got none")
         if factors is not None and kernels is not None and len(factors) != len(kernels):
             raise ValueError(f"Multigrid: scales: expected {len(kernels)}, one a kernel, got {len(factors)}")
-        operands = [host(t) for t in A.encode().operands]
-        self._exponent = 0
-        if A.face_coef is None:
-            operands[0] = operands[0].reshape(-1)
-        else:  # brought to size one by a power of two, whatever the precision of the cycle can hold
-            largest = max(float(t.abs().max()) for t in operands[1:])
-            self._exponent = math.frexp(largest)[1] if largest > 0 else 0
-            operands = [torch.ldexp(t, torch.tensor(-self._exponent)).contiguous() for t in operands]
-        nz, ny, nx = A._native_grid
-        arena, levels = _C.multigrid_setup(
-            operands,
-            nz,
-            ny,
-            nx,
-            precision is torch.float32,
-            walls,
-            kernels,
-            factors,
-            torch.get_num_threads(),
-        )
-        self._arena = torch.from_numpy(arena).to(self.device)
-        width = 4 if precision is torch.float32 else 8
-        count = len(levels) // _C.level_layout_size
-        self._layout = [MULTIGRID, self.shape[0], width, int(smoother != "rbgs"), sweeps, count, *levels]
+        return kernels, factors
 
     @property
     def levels(self) -> list[dict[str, object]]:
         """Kind, shape and number of unknowns of each level, the finest first."""
-        rows = torch.tensor(self._layout[6:]).reshape(-1, _C.level_layout_size).tolist()
-        described = []
-        for kind, nz, ny, nx, visits, *_ in rows:
-            shape = (nx,) if kind in (2, 4) else (nz, ny, nx) if len(self.A.grid) == 3 else (nz, nx)
-            size = nz * ny * nx
-            described.append({"kind": _KINDS[kind], "shape": shape, "size": size, "visits": visits})
-        return described
+        return describe_levels(self._layout, len(self.A.grid))
 
     @property
     def has_walls(self) -> bool:
@@ -182,8 +191,7 @@ class Multigrid(LinearOperator):
         """
         if self.smoother == "stencil":
             return Multigrid(self.A, smoother="jacobi", sweeps=self.sweeps, walls=self.walls, precision=self.precision)
-        single = list(self._layout)
-        single[6 + 4 :: _C.level_layout_size] = [1] * single[5]
+        single = visited_once(self._layout)
         if single == self._layout:
             return None
         other = self.to(self.dtype)
@@ -197,7 +205,7 @@ class Multigrid(LinearOperator):
 
     def to(self, dtype: torch.dtype) -> Multigrid:
         """Return the same cycle for vectors of another dtype."""
-        converted = Multigrid.__new__(Multigrid)
+        converted = object.__new__(type(self))
         converted.__dict__.update(self.__dict__)
         converted.dtype, converted.A = dtype, self.A.to(dtype)
         return converted
@@ -206,6 +214,24 @@ class Multigrid(LinearOperator):
         sizes = " > ".join(f"{level['size']}{' nodes' if level['kind'] == 'graph' else ''}" for level in self.levels)
         cycle = "W" if any(level["visits"] == 2 for level in self.levels) else "V"
         return f"Multigrid({self.smoother}, {cycle}-cycle, {self.sweeps} + {self.sweeps} sweeps, {sizes})"
+
+
+def describe_levels(layout: Sequence[int], dims: int) -> list[dict[str, object]]:
+    """Of an encoded hierarchy: see :attr:`Multigrid.levels`."""
+    rows = torch.tensor(layout[6:]).reshape(-1, _C.level_layout_size).tolist()
+    described = []
+    for kind, nz, ny, nx, visits, *_ in rows:
+        shape = (nx,) if kind in (2, 4) else (nz, ny, nx) if dims == 3 else (nz, nx)
+        size = nz * ny * nx
+        described.append({"kind": _KINDS[kind], "shape": shape, "size": size, "visits": visits})
+    return described
+
+
+def visited_once(layout: Sequence[int]) -> list[int]:
+    """An encoded hierarchy without second visits."""
+    single = list(layout)
+    single[6 + 4 :: _C.level_layout_size] = [1] * single[5]
+    return single
 
 
 def _kernels(stencils: Tensor | Sequence[Tensor] | None, omega: float, dims: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from kantor.linalg._operator import LinearOperator
 
 if TYPE_CHECKING:
     from kantor.linalg.csr import CSR
+    from kantor.linalg.multigrid import Multigrid
 
 SOLID, FLUID, AIR = 0, 2, 3
 
@@ -100,27 +101,11 @@ class PoissonGrid(LinearOperator):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        check_tensor(flags, "PoissonGrid", "flags")
-        if flags.is_floating_point() or flags.is_complex() or flags.dtype is torch.bool:
-            raise TypeError(
-                f"PoissonGrid: flags: expected integers (0 solid, 2 fluid, 3 air), got {flags.dtype}; "
-                "call .to(torch.uint8)"
-            )
-        if flags.ndim not in (2, 3) or min(flags.shape) < 1:
-            raise ValueError(
-                f"PoissonGrid: flags: expected shape (ny, nx) or (nz, ny, nx), got {tuple(flags.shape)}; make one "
-                "operator for each grid of a batch"
-            )
+        self._check_flags(flags)
         # h and 1/h^2 both in the range of float32.
         if not (isinstance(spacing, int | float) and 1e-18 <= spacing <= 1e18):
             raise ValueError(f"PoissonGrid: spacing: expected a number from 1e-18 to 1e18, got {spacing!r}")
         flags = flags if device is None else flags.to(device)
-        known = (flags == SOLID) | (flags == FLUID) | (flags == AIR)
-        if not bool(known.all()):
-            where = tuple(int(i) for i in (~known).nonzero()[0])
-            raise ValueError(
-                f"PoissonGrid: flags: expected 0 (solid), 2 (fluid) or 3 (air), got {int(flags[where])} at {where}"
-            )
         self.flags = flags.to(torch.uint8, copy=True, memory_format=torch.contiguous_format)
         self.mask = self.flags == FLUID
         self.num_unknowns = int(self.mask.sum())
@@ -132,11 +117,32 @@ class PoissonGrid(LinearOperator):
         self.device = flags.device
         self.cells = self._cells()
         self.closed_components = self._closed_components()
+        self._component_sizes = self._count_components()
         self.face_coef = None if face_coef is None else self._checked_coefficients(face_coef)
         self.dtype = dtype or (self.face_coef[0].dtype if self.face_coef else torch.float64)
         check_float(torch.empty(0, dtype=self.dtype), "PoissonGrid", "dtype")
         if self.face_coef is not None:
             self.face_coef = tuple(c.to(self.dtype) for c in self.face_coef)
+
+    @staticmethod
+    def _check_flags(flags: Tensor) -> None:
+        check_tensor(flags, "PoissonGrid", "flags")
+        if flags.is_floating_point() or flags.is_complex() or flags.dtype is torch.bool:
+            raise TypeError(
+                f"PoissonGrid: flags: expected integers (0 solid, 2 fluid, 3 air), got {flags.dtype}; "
+                "call .to(torch.uint8)"
+            )
+        if flags.ndim not in (2, 3) or min(flags.shape) < 1:
+            raise ValueError(
+                f"PoissonGrid: flags: expected shape (ny, nx) or (nz, ny, nx), got {tuple(flags.shape)}; make one "
+                "operator for each grid of a batch"
+            )
+        known = (flags == SOLID) | (flags == FLUID) | (flags == AIR)
+        if not bool(known.all()):
+            where = tuple(int(i) for i in (~known).nonzero()[0])
+            raise ValueError(
+                f"PoissonGrid: flags: expected 0 (solid), 2 (fluid) or 3 (air), got {int(flags[where])} at {where}"
+            )
 
     def _checked_coefficients(self, face_coef: Sequence[Tensor]) -> tuple[Tensor, ...]:
         names = ("cz", "cy", "cx")[-len(self.grid) :]
@@ -242,7 +248,7 @@ class PoissonGrid(LinearOperator):
             The sum over a closed component is more than rounding: ``|sum b| > 1e-6 sum |b|``.
         """
         b = self.confined(b)
-        labels, count = self.closed_components
+        count = self.closed_components[1]
         if count == 0:
             return b
         sums, sizes = self._component_sums(b), self._component_sums(b.detach().abs())
@@ -251,8 +257,7 @@ class PoissonGrid(LinearOperator):
             incompatible = sums.detach().abs() > tolerance * sizes
             if bool(incompatible.any()):
                 component = int(incompatible.reshape(-1, count).any(0).nonzero()[0])
-                first = tuple(int(i) for i in (labels == component).nonzero()[0])
-                cells = int((labels == component).sum())
+                cells, first = self._component(component)
                 raise ValueError(
                     f"{name}: b: its sum over closed component {component} ({cells} cells, first at {first}) is "
                     f"{float(sums.detach().reshape(-1, count)[:, component].abs().max()):.3g}, expected 0: no air "
@@ -285,11 +290,19 @@ class PoissonGrid(LinearOperator):
         sums = v.new_zeros((*v.shape[:-1], count + 1)).index_add(-1, index, v)
         return sums[..., 1:]
 
-    def _without_means(self, v: Tensor, sums: Tensor) -> Tensor:
+    def _count_components(self) -> Tensor:
+        """Cells of each closed component."""
         labels, count = self.closed_components
-        index = labels.reshape(-1).long()
-        counts = torch.bincount(index + 1, minlength=count + 1)[1:].to(v.dtype)
-        means = torch.nn.functional.pad(sums / counts, (1, 0))
+        return torch.bincount(labels.reshape(-1).long() + 1, minlength=count + 1)[1:]
+
+    def _component(self, number: int) -> tuple[int, tuple[int, ...]]:
+        """The size of a closed component and its first cell."""
+        first = (self.closed_components[0] == number).nonzero()[0]
+        return int(self._component_sizes[number]), tuple(int(i) for i in first)
+
+    def _without_means(self, v: Tensor, sums: Tensor) -> Tensor:
+        index = self.closed_components[0].reshape(-1).long()
+        means = torch.nn.functional.pad(sums / self._component_sizes.to(v.dtype), (1, 0))
         return v - means.index_select(-1, index + 1)
 
     @property
@@ -365,6 +378,8 @@ class PoissonGrid(LinearOperator):
         rows, cols, values = [own], [own], [diagonal]
         for axis, face in enumerate(faces):
             n = self.grid[axis]
+            if n < 2:
+                continue
             linked = self._links(axis).narrow(axis, 1, n - 1)
             here, there = index.narrow(axis, 0, n - 1)[linked], index.narrow(axis, 1, n - 1)[linked]
             rows += [here, there]
@@ -374,13 +389,17 @@ class PoissonGrid(LinearOperator):
 
     def levels(self) -> list[dict[str, object]]:
         """Return the levels that multigrid makes of this grid: see :attr:`Multigrid.levels`."""
+        return self._multigrid().levels
+
+    def _multigrid(self, **options: Any) -> Multigrid:
+        """The preconditioner that solvers know as "multigrid"."""
         from kantor.linalg.multigrid import Multigrid
 
-        return Multigrid(self).levels
+        return Multigrid(self, **options)
 
     def to(self, dtype: torch.dtype) -> PoissonGrid:
         """Convert the coefficients."""
-        converted = PoissonGrid.__new__(PoissonGrid)
+        converted = object.__new__(type(self))
         converted.__dict__.update(self.__dict__)
         check_float(torch.empty(0, dtype=dtype), "PoissonGrid.to", "dtype")
         converted.dtype = dtype

@@ -192,7 +192,7 @@ def _reorder(crow: Tensor, col: Tensor, values: Tensor, order: Tensor) -> tuple[
 def _multigrid(A: LinearOperator) -> LinearOperator:
     from kantor.linalg.multigrid import Multigrid
 
-    return Multigrid(A)  # type: ignore[arg-type]  # says itself what it takes
+    return A._multigrid() if isinstance(A, PoissonGrid) else Multigrid(A)  # type: ignore[arg-type]  # says what it takes
 
 
 def as_preconditioner(M: Any, A: LinearOperator, like: Tensor, name: str = "cg: M") -> LinearOperator | None:
