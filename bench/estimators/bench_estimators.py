@@ -34,9 +34,8 @@ from sklearn.semi_supervised import LabelSpreading
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from kantor.bench.tables import Table
 from kantor.sklearn import DiffusionClassifier, OptimalTransportAdapter
-
-from tables import Table
 
 Draw = tuple[Any, ...]
 Score = tuple[float, ...]

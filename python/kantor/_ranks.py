@@ -5,6 +5,7 @@ Everything distributed in Kantor talks through a :class:`Ranks`. With one proces
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -350,5 +351,6 @@ def largest(v: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def _first_line(error: Exception) -> str:
-    """The message without the C++ stack that torch may append."""
-    return str(error).strip().split("\n", 1)[0]
+    """The library's first sentence, without the source file in front of it and the C++ stack behind."""
+    line = str(error).strip().split("\n", 1)[0]
+    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", line).split(". ", 1)[0]

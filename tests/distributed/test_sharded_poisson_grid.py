@@ -155,6 +155,8 @@ def _cycles(ranks: Ranks, cuts: list[list[float]], size: str) -> None:
 def _solves(ranks: Ranks, cuts: list[list[float]], size: str) -> list[int]:
     iterations = []
     for name, counts, faces, number in cases(cuts, size):
+        if size == "small" and number % 4 in (1, 2):  # each scene once
+            continue
         whole, A = both(ranks, name, counts, faces)
         b = right_hand_side(whole, 2)
         mine = A.split(b.unflatten(-1, whole.grid))

@@ -415,7 +415,7 @@ class ShardedMultigrid(Multigrid):
         return cut + [level | {"cut": False} for level in describe_levels(self._rest.layout, dims)]
 
     def safer(self) -> ShardedMultigrid | None:
-        """As for one process: see :meth:`kantor.linalg.Multigrid.safer`."""
+        """As for one process: see ``kantor.linalg.Multigrid.safer``."""
         if self.smoother == "stencil":
             options = self._options | {"smoother": "jacobi", "stencils": None, "scales": None, "omega": 0.8}
             return ShardedMultigrid(self.A, whole_below=self.whole_below, **options)

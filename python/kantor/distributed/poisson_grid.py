@@ -167,6 +167,7 @@ class ShardedPoissonGrid(PoissonGrid):
         number = 0 if face_coef is None else len(face_coef)
         if source is not None:
             number = int(ranks.broadcast_object(number, source))
+        ranks.agree("ShardedPoissonGrid.from_global", face_coef=number)
         if number == 0:
             return cls(mine, ranks, spacing=spacing, dtype=dtype)
         planes = [row[0] for row in ranks.table(mine.shape[0])]
@@ -233,6 +234,7 @@ class ShardedPoissonGrid(PoissonGrid):
                     "coefficients; call .detach()"
                 )
         first = coefficients[0]
+        self.ranks.agree("ShardedPoissonGrid", **{"face_coef (bytes of an entry)": first.dtype.itemsize})
         theirs, _ = self._neighbour_planes(first[1:], 0)  # the last faces of the rank before
         with self.ranks.together():
             read = (self._links(0) | self._openings(0))[:1]

@@ -74,7 +74,7 @@ class ShardedGraph:
     >>> from kantor.distributed import ShardedGraph
     >>> from kantor.graph import diffuse, from_torch
     >>> path = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    >>> graph = ShardedGraph.from_graph(from_torch(path))
+    >>> graph = ShardedGraph.from_graph(from_torch(path.to_sparse_csr()))
     >>> x = graph.split(torch.tensor([[4.0], [0.0], [0.0]]))
     >>> diffuse(x, graph, step=0.25, num_steps=1).T
     tensor([[3., 1., 0.]])
