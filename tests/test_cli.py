@@ -18,6 +18,7 @@ import torch
 from scipy.sparse.linalg import spsolve
 from typer.testing import CliRunner
 
+import kantor
 from kantor import _solve_preconditioner, cli
 from kantor.datasets import poisson_scenes
 from kantor.linalg import PoissonGrid
@@ -235,7 +236,11 @@ def test_auto_leaves_multigrid_out_where_coefficients_differ_much(folder):
 def test_closed_grid_needs_a_right_hand_side_that_sums_to_zero(folder):
     A = PoissonGrid(torch.full((12, 15), 2)).to_csr().to_scipy()
     scipy.io.mmwrite("n.mtx", A, symmetry="symmetric")
-    expect_bad_input(run("solve", "n.mtx"), "closed component 0 (180 cells", "subtract the mean")
+    result = run("solve", "n.mtx")
+    expect_bad_input(result, "sums to 180 over the 180 unknowns", "singular", "subtract its mean", "--rhs")
+    assert "cg: b" not in result.stderr
+    np.save("b.npy", np.stack([np.ones(180) * np.where(np.arange(180) < 90, 1, -1), np.full(180, 2.0)], 1))
+    expect_bad_input(run("solve", "n.mtx", "--rhs", "b.npy"), "sums to 360")
     b = np.random.default_rng(0).standard_normal(180)
     np.save("b.npy", b - b.mean())
     code, outcome = solve_json("n.mtx", "--rhs", "b.npy", "--rtol", 1e-10, "-o", "x.npy")
@@ -473,3 +478,48 @@ def test_missing_packages_give_one_line(name):
     assert process.returncode == 2
     assert 'pip install "kantor[cli]"' in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1
+
+
+# What a newcomer runs into ------------------------------------------------------------------------------------------
+
+
+def test_a_singular_matrix_is_explained_in_the_words_of_the_command(folder):
+    line = sp.diags_array([[1.0] + [2.0] * 98 + [1.0], [-1.0] * 99, [-1.0] * 99], offsets=[0, 1, -1])
+    scipy.io.mmwrite("line.mtx", line, precision=17)
+    result = run("solve", "line.mtx", "--preconditioner", "none")
+    assert result.exit_code == 1
+    assert "--rhs: subtract its mean" in result.stderr
+    assert "result." not in result.stderr
+
+
+def test_a_file_that_is_no_matrix_says_what_would_be_one(folder):
+    (folder / "hello.mtx").write_text("hello")
+    expect_bad_input(run("solve", "hello.mtx"), "hello.mtx", "%%MatrixMarket", "scipy.io.mmwrite")
+
+
+def test_processes_that_were_not_asked_to_share_are_told_how(folder, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    result = run("solve", "a.mtx")
+    assert result.exit_code == 0
+    assert "warning: each of 2 processes" in result.stderr
+    assert "--distributed" in result.stderr
+    monkeypatch.setenv("RANK", "1")
+    assert run("solve", "a.mtx").stderr == ""
+
+
+def test_a_laplacian_without_its_minus_sign_is_told_to_change_signs(folder):
+    scipy.io.mmwrite("minus.mtx", -poisson(), precision=17)
+    result = run("solve", "minus.mtx")
+    assert result.exit_code == 1
+    assert "change the signs of both" in result.stderr
+    assert "M=" not in result.stdout
+    scipy.io.mmwrite("shifted.mtx", poisson() - 3 * sp.eye_array(N), precision=17)
+    result = run("solve", "shifted.mtx")
+    assert result.exit_code == 1
+    assert "MINRES" in result.stderr
+
+
+def test_python_m_kantor_is_the_command():
+    ran = subprocess.run([sys.executable, "-m", "kantor", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == kantor.__version__

@@ -347,3 +347,42 @@ def test_exit_code_and_streams_of_the_process(folder):
 
 def test_help_says_the_exit_codes():
     assert "Exit codes" in run("--help").stdout
+
+
+# What is read in another way than it was meant ----------------------------------------------------------------------
+
+
+def test_a_class_that_looks_unknown_and_a_column_without_a_name_are_noted(folder):
+    table, _ = make_table()
+    table.fillna({"kind": "?"}).drop(columns="tree").to_csv("index.csv")
+    code, outcome = run_json("index.csv", "--labels", "kind", "--folds", 0)
+    assert code == 0
+    assert len(outcome["notes"]) == 2
+    text = " ".join(run("index.csv", "--labels", "kind", "--folds", 0).stdout.split())
+    assert "--unknown '?'" in text
+    assert "--id 'Unnamed: 0'" in text
+    words = ("--labels", "kind", "--unknown", "?", "--id", "Unnamed: 0", "--folds", 0)
+    code, outcome = run_json("index.csv", *words)
+    assert (code, outcome["notes"], outcome["columns"]) == (0, [], 3)
+
+
+def test_columns_to_leave_out_are_named_as_a_shell_takes_them(folder):
+    table, _ = make_table()
+    table = table.rename(columns={"girth": "girth (cm)"})
+    table.loc[4, "girth (cm)"] = np.nan
+    table.to_csv("bad.csv", index=False)
+    expect_bad_input(run("bad.csv", "--labels", "kind", "--id", "tree"), "--drop 'girth (cm)'")
+
+
+def test_labels_of_all_rows_are_explained_in_the_words_of_the_command(folder):
+    table, kind = make_table()
+    table.assign(kind=kind).to_csv("all.csv", index=False)
+    _, outcome = run_json("all.csv", "--labels", "kind", "--id", "tree", "--folds", 0)
+    assert "nothing was predicted; the cross-validation tells" in outcome["message"]
+
+
+def test_a_table_of_two_rows_is_no_option(folder):
+    (folder / "two.csv").write_text("u,v,kind\n1,2,a\n3,4,b\n")
+    result = run("two.csv", "--labels", "kind")
+    expect_bad_input(result, "expected at least 3 rows")
+    assert "--x" not in result.stderr

@@ -589,3 +589,22 @@ def test_help_and_import():
         code = "import sys, kantor; assert not {'scipy', 'matplotlib', 'PIL', 'typer'} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", code], check=True)
     assert kantor.transport is not None
+
+
+def test_outputs_of_the_other_kind_say_which_option_writes_them(folder):
+    expect_bad_input(run("a.png", "b.png", "-o", "plan.npz"), "plan.npz", "recoloured picture", "--mode density")
+    expect_bad_input(run("u.png", "v.png", "-o", "moved.png"), "is the plan", "--plot moved.png", "--mode colour")
+    expect_bad_input(run("x.npy", "y.csv", "-o", "moved.png"), "is the plan", "--plot moved.png")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_of_points_may_have_other_separators(folder, separator):
+    np.savetxt("z.csv", np.load("x.npy"), delimiter=separator, header=f"u{separator}v", comments="", fmt="%.17g")
+    code, outcome = run_json("x.npy", "z.csv")
+    assert code == 0
+    assert outcome["linear_value"] < 1e-3
+
+
+def test_words_among_points_say_what_was_expected(folder):
+    (folder / "names.csv").write_text("name,u,v\na,1,2\n")
+    expect_bad_input(run("x.npy", "names.csv"), "names.csv", "rows of numbers alone")

@@ -214,3 +214,11 @@ def test_displacement_field_has_arrows_from_light_places(tmp_path):
     save_figure(plot_displacement_field(np.zeros((4, 4)), positions[:1], positions[:1]), tmp_path / "p.png")
     with pytest.raises(ValueError, match="plot_displacement_field"):
         plot_displacement_field(picture, positions, images[:-1])
+
+
+def test_a_name_of_a_file_in_place_of_axes_is_told_how_files_are_written(tmp_path):
+    result = cg(Stencil((8, 8)), torch.ones(8, 8, dtype=torch.float64))
+    with pytest.raises(
+        TypeError, match=r"ax: expected matplotlib axes, got str; .*save_figure\(result\.plot\(\), path\)"
+    ):
+        result.plot(str(tmp_path / "history.png"))

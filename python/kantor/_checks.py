@@ -16,7 +16,14 @@ FLOATS = (torch.float32, torch.float64)
 def check_tensor(value: object, function: str, argument: str) -> Tensor:
     """Return ``value`` if it is a strided tensor, else raise TypeError."""
     if not isinstance(value, Tensor):
-        hint = f"; call torch.from_numpy({argument})" if isinstance(value, np.ndarray) else ""
+        if isinstance(value, np.ndarray):
+            hint = f"; call torch.from_numpy({argument})"
+        elif isinstance(value, list | tuple):
+            hint = f"; call torch.tensor({argument}, dtype=torch.float64)"
+        elif hasattr(value, "to_numpy"):  # a column or a table of pandas, polars, ...
+            hint = f"; call torch.from_numpy({argument}.to_numpy())"
+        else:
+            hint = ""
         raise TypeError(f"{function}: {argument}: expected a torch.Tensor, got {type(value).__name__}{hint}")
     if value.layout is not torch.strided:
         raise TypeError(f"{function}: {argument}: expected a dense tensor, got layout {value.layout}; call .to_dense()")

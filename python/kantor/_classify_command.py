@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -25,6 +26,7 @@ from kantor.graph import classify as classify_rows
 from kantor.plotting import new_axes, save_figure
 
 _LISTED = 20  # classes in the table
+_LIKELY_UNKNOWN = {"?", "-", "unknown", "unlabelled", "unlabeled", "none", "null", "nan", "na", "n/a"}
 
 
 class Method(StrEnum):
@@ -105,6 +107,7 @@ def classify(
             **_outcome(problem, result),
             "k": k,
             "accuracy": accuracy,
+            "notes": _notes(problem, result),
             "seconds_read": read_seconds,
             "output": None if output is None else str(output),
             "plot": None if plot is None else str(plot),
@@ -141,12 +144,22 @@ def _classify(problem: Problem, options: dict[str, Any], show_progress: bool) ->
             raise BadInputError(_in_words_of_the_command(error)) from error
 
 
+def _option(argument: re.Match[str]) -> str:
+    return "" if argument[1] == "x" else f"--{argument[1].replace('_', '-')}: "
+
+
 def _in_words_of_the_command(error: Exception) -> str:
     """Name options where the message names functions and arguments."""
-    text = re.sub(r"^\w+: (\w+): ", lambda match: f"--{match[1].replace('_', '-')}: ", str(error))
+    text = re.sub(r"^\w+: (\w+): ", _option, str(error))
     if isinstance(error, StabilityError):
         return text.split("; take")[0] + "; take a smaller --step and a larger --num-steps"
     return text
+
+
+def _in_words_of_the_table(message: str) -> str:
+    return message.replace(
+        "cross_validate() tells how well they can be", "the cross-validation tells how well rows can be"
+    )
 
 
 def _cross_validate(result: ClassifyResult, folds: int, show_progress: bool) -> dict[str, Any] | None:
@@ -194,9 +207,24 @@ def _outcome(problem: Problem, result: ClassifyResult) -> dict[str, Any]:
         "components": result.graph.components()[0],
         "threads": torch.get_num_threads(),
         "converged": result.converged,
-        "message": result.message,
+        "message": _in_words_of_the_table(result.message),
         "seconds": result.seconds,
     }
+
+
+def _notes(problem: Problem, result: ClassifyResult) -> list[str]:
+    """What may have been read in another way than it was meant."""
+    notes = [
+        f"{name!r} counts as a class; if it means that a label is unknown, pass --unknown {shlex.quote(name)}"
+        for name in result.classes
+        if name.strip().lower() in _LIKELY_UNKNOWN
+    ]
+    if problem.nameless:
+        notes.append(
+            f"the column without a name, {problem.nameless!r} here, counts as a feature; if it numbers the rows, pass "
+            f"--id {shlex.quote(problem.nameless)}"
+        )
+    return notes
 
 
 def _natural_order(name: str) -> tuple[float, str]:
@@ -229,6 +257,8 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
         rows[f"  {count['class']}"] = f"{count['given']:,} + {count['predicted']:,}"
     if len(outcome["classes"]) > _LISTED:
         rows["  ..."] = f"{len(outcome['classes']) - _LISTED:,} more"
+    if outcome["notes"]:
+        rows["note"] = "; ".join(outcome["notes"])
     rows |= {
         "outcome": outcome["message"],
         "seconds": f"{outcome['seconds']:.3f} (reading {outcome['seconds_read']:.3f})",

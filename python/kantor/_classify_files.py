@@ -7,6 +7,8 @@ the row, what was expected, what was found and what to do. Rows are counted from
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,12 +43,15 @@ class Problem:
         The class of each row as text; None where it is unknown.
     ids : list of n
         What tells the rows apart: the values of the column ``id_name``, else 1 to n.
+    nameless : str or None
+        The feature whose header is empty, as that of the index in a table that pandas wrote, as it is called here.
     """
 
     features: Array
     labels: list[str | None]
     ids: list[Any]
     id_name: str
+    nameless: str | None = None
 
 
 def read_problem(
@@ -83,9 +88,11 @@ def read_problem(
             raise BadInputError(f"{option} {name}: {_no_such_column(features, table, name)}")
     given = _labels(features, table, labels, id_column)
     left_out = {labels, id_column, *drop}
-    numbers = _numbers(features, table[[name for name in table.columns if name not in left_out]])
+    names = [name for name in table.columns if name not in left_out]
+    numbers = _numbers(features, table[names])
+    nameless = next((name for name in names if re.fullmatch(r"Unnamed: \d+", name)), None)
     ids = list(range(1, len(table) + 1)) if id_column is None else table[id_column].tolist()
-    return Problem(numbers, _as_text(labels, given, unknown), ids, id_column or "row")
+    return Problem(numbers, _as_text(labels, given, unknown), ids, id_column or "row", nameless)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def _numbers(path: Path, table: pandas.DataFrame) -> Array:
         if len(wrong) < 0.5 * len(column):  # numbers but for a few cells
             raise BadInputError(
                 f"{path}: column {name}, row {wrong.index[0] + 1}: {str(wrong.iloc[0])!r} is no number; correct it, "
-                f"or leave out the column with --drop {name}"
+                f"or leave out the column with --drop {shlex.quote(name)}"
             )
     if words:
         example = table[words[0]].dropna()
@@ -196,7 +203,7 @@ def _numbers(path: Path, table: pandas.DataFrame) -> Array:
         count = f"; {bad.any(1).sum():,} of {len(table):,} rows have such cells, in {_listed(affected)}"
         raise BadInputError(
             f"{path}: column {name}, row {row + 1}: the value {what}{count if bad.sum() > 1 else ''}. Fill it in, take "
-            f"the row out, or leave out the column with --drop {name}"
+            f"the row out, or leave out the column with --drop {shlex.quote(name)}"
         )
     return np.ascontiguousarray(numbers)
 

@@ -6,6 +6,7 @@ Typer and Rich are imported on first use, so that a missing one is reported by `
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -85,6 +86,17 @@ def progress(name: str, *, enabled: bool) -> Iterator[Update | None]:
                 bar.update(task, completed=gained, text=text)
 
         yield update
+
+
+def warn_of_lone_processes(command: str) -> None:
+    """Say once that the processes of torchrun all do the same work where they were not asked to share it."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes != "1" and os.environ.get("RANK") == "0":
+        print(
+            f"kantor {command}: warning: each of {processes} processes does the whole work and writes the same files; "
+            "pass --distributed to share it",
+            file=sys.stderr,
+        )
 
 
 def print_rows(rows: Mapping[str, object]) -> None:

@@ -127,7 +127,8 @@ def _check_header(path: Path) -> None:
         raise BadInputError(f"{path}: a pattern without values; expected real or integer entries")
     if rows != columns:
         raise BadInputError(
-            f"{path}: the matrix is {rows} x {columns}; conjugate gradients need a square, symmetric one"
+            f"{path}: the matrix is {rows} x {columns}; conjugate gradients need a square, symmetric one: for least "
+            "squares store A'A, and A'b as the right-hand side"
         )
     if rows == 0:
         raise BadInputError(f"{path}: the matrix has no rows")

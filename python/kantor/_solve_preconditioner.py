@@ -41,8 +41,31 @@ class Chosen:
     matrix: GridMatrix | None = None
 
     def posed(self, b: Tensor) -> Tensor:
-        """Return right-hand sides of the matrix, (n,) or (k, n), as the operator takes them."""
-        return b if self.matrix is None else self.matrix.expand(b)
+        """Return right-hand sides of the matrix, (n,) or (k, n), as the operator takes them.
+
+        Raises
+        ------
+        BadInputError
+            The matrix is that of a grid without Dirichlet cells, and a right-hand side does not sum to zero.
+        """
+        if self.matrix is None:
+            return b
+        posed = self.matrix.expand(b)
+        try:
+            self.matrix.grid.admit(posed, "kantor solve")
+        except ValueError as error:
+            labels, count = self.matrix.grid.closed_components
+            part = labels.flatten().long()
+            inside = part >= 0
+            sums = b.new_zeros((*b.shape[:-1], count)).index_add(-1, part[inside], posed[..., inside])
+            worst = int(sums.abs().reshape(-1, count).amax(0).argmax())
+            raise BadInputError(
+                f"the right-hand side sums to {float(sums[..., worst].abs().max()):.3g} over the "
+                f"{int((part == worst).sum()):,} unknowns of a part whose rows of the matrix sum to zero, expected 0: "
+                "the matrix is singular there; subtract its mean over them from the right-hand side, and pass that "
+                "with --rhs"
+            ) from error
+        return posed
 
     def answered(self, result: SolveResult, b: Tensor) -> SolveResult:
         """Return the operator's result with the unknowns of the matrix."""
@@ -73,7 +96,7 @@ def choose(wanted: Preconditioner, A: CSR) -> Chosen:
             if wanted is Preconditioner.auto and chosen.matrix is not None and chosen.matrix.contrast > _CONTRAST:
                 raise ValueError(f"coefficients that differ by a factor of {chosen.matrix.contrast:.1e}")
         except (ValueError, KantorError) as error:
-            failures[name] = str(error).removeprefix(f"{name}: A: ")
+            failures[name] = str(error).removeprefix(f"{name}: A: ").removesuffix("; use M='jacobi' or none")
             continue
         reasons = [note for note in (chosen.note, because(failures)) if note]
         return replace(chosen, note="; ".join(reasons))

@@ -24,6 +24,7 @@ from kantor._command_line import (
     Precision,
     one_message,
     progress,
+    warn_of_lone_processes,
 )
 from kantor._progress import log_fraction
 from kantor._ranks import Ranks
@@ -135,6 +136,8 @@ def transport(
     """
     with one_message("transport"):
         ranks = init(timeout) if distributed else None
+        if ranks is None:
+            warn_of_lone_processes("transport")
         ranks = None if ranks is None or ranks.size == 1 else ranks
     first = ranks is None or ranks.rank == 0  # writes and speaks
     quiet, json_output = quiet or not first, json_output and first
@@ -219,7 +222,15 @@ def _check_outputs(
     """Find out before a long solve what cannot be written."""
     others = files.inputs()
     if output is not None:
-        check_output(output, IMAGE_SUFFIXES if problem.kind == "colour" else PLAN_SUFFIXES, others)
+        colour, suffix = problem.kind == "colour", output.suffix.lower()
+        if suffix in (PLAN_SUFFIXES if colour else IMAGE_SUFFIXES):
+            raise BadInputError(
+                f"{output}: -o is the recoloured picture here, {', '.join(IMAGE_SUFFIXES)}; --mode density gives a plan"
+                if colour
+                else f"{output}: -o is the plan here, .npz; for a picture of the moves pass --plot {output}"
+                + ("" if problem.kind != "density" else ", to change the colours of A --mode colour")
+            )
+        check_output(output, IMAGE_SUFFIXES if colour else PLAN_SUFFIXES, others)
         others.append(output)
     if map_file is not None:
         if problem.kind == "matrix":

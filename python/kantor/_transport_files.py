@@ -169,10 +169,18 @@ def _load(path: Path, *, lazily: bool = False) -> Any:
             return np.load(path, mmap_mode="r" if lazily else None, allow_pickle=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an empty file: its shape is reported by who asked
-            delimiter = "," if suffix == ".csv" else None
+            delimiter = _separator(path) if suffix == ".csv" else None
             return np.loadtxt(path, delimiter=delimiter, ndmin=2, skiprows=_header_lines(path, delimiter))
     except (ValueError, TypeError, OSError, EOFError, MemoryError) as error:
-        raise BadInputError(f"{path}: not a readable {suffix} file: {error}") from error
+        text = str(error).rstrip(".") or type(error).__name__
+        hint = "" if suffix == ".npy" else "; expected rows of numbers alone, after at most one line of names"
+        raise BadInputError(f"{path}: not a readable {suffix} file: {text}{hint}") from error
+
+
+def _separator(path: Path) -> str:
+    """The most frequent of comma, semicolon and tab in the first line."""
+    with path.open(encoding="utf-8-sig") as file:
+        return max(",;\t", key=file.readline().count)
 
 
 def _header_lines(path: Path, delimiter: str | None) -> int:

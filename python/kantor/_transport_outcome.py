@@ -115,7 +115,8 @@ def print_outcome(outcome: dict[str, Any]) -> None:
             rows["plan"] += f", largest {plan['largest']:.3e} at ({plan['largest_at'][0]:,}, {plan['largest_at'][1]:,})"
     rows |= {
         "method": outcome["method"] + (f" ({outcome['reason']})" if outcome["reason"] else ""),
-        "steps": f"{outcome['steps']:,}, {outcome['newton_steps']:,} of Newton's method; {outcome['sweeps']:,} sweeps",
+        "steps": f"{outcome['steps']:,}, {outcome['newton_steps']:,} of Newton's method; {outcome['sweeps']:,} sweep"
+        + "s" * (outcome["sweeps"] != 1),
         "seconds": f"{outcome['seconds']:.3f} (reading {outcome['seconds_read']:.3f})",
     }
     if outcome["processes"] > 1:

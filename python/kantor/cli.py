@@ -34,6 +34,7 @@ from kantor._command_line import (
     print_rows,
     progress,
     scientific,
+    warn_of_lone_processes,
 )
 from kantor._progress import log_fraction
 from kantor._solve_distributed import bad_input_of_all, share_system
@@ -161,6 +162,8 @@ def solve(
     """
     with one_message("solve"):
         ranks = init(timeout) if distributed else None
+        if ranks is None:
+            warn_of_lone_processes("solve")
     first = ranks is None or ranks.rank == 0  # reads, writes and speaks
     quiet, json_output = quiet or not first, json_output and first
     with one_message("solve", speaks=first):
@@ -214,7 +217,7 @@ def solve(
         raise typer.Exit(INTERRUPTED)
     if not result.converged:
         if not json_output and first:
-            print(f"kantor solve: not solved. {_advice(result, preconditioner)}", file=sys.stderr)
+            print(f"kantor solve: not solved. {_advice(result, preconditioner, system)}", file=sys.stderr)
         raise typer.Exit(NOT_SOLVED)
 
 
@@ -302,16 +305,29 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
     print_rows(rows)
 
 
-def _advice(result: SolveResult, preconditioner: Preconditioner) -> str:
+def _advice(result: SolveResult, preconditioner: Preconditioner, system: System | None) -> str:
     """Return what happened and what to try, in the words of the command line."""
     if result.status is SolveStatus.MAXITER:
         weak = preconditioner in (Preconditioner.none, Preconditioner.jacobi)
         better = ", or --preconditioner auto" if weak else ""
         return f"The iteration limit was reached before the tolerance: raise --maxiter or --rtol{better}."
     if result.status is SolveStatus.NEGATIVE_CURVATURE:
+        if system is not None and bool((system.A.diagonal() < 0).all()):
+            return (
+                f"A direction d with curvature d'Ad / d'd = {result.curvature:.6g} was met, and the whole diagonal is "
+                "negative: the matrix is negative definite or indefinite. If the former, as a Laplacian without its "
+                "minus sign is, solve -A x = -b: change the signs of both. Else use a method such as MINRES."
+            )
         return (
             f"A direction d with curvature d'Ad / d'd = {result.curvature:.6g} was met: the matrix is indefinite, and "
             "conjugate gradients need a positive definite one. Use a method for indefinite matrices, such as MINRES."
+        )
+    if result.status is SolveStatus.SINGULAR:
+        return (
+            "A direction of zero curvature was met: the matrix is singular to working precision and the right-hand "
+            "side is not in its range, or it is indefinite, or conditioned worse than 1 / eps. If it has a null space, "
+            "such as the constants (rows that sum to zero), remove that from the right-hand side in --rhs: subtract "
+            "its mean. Else add a small multiple of the identity to the matrix."
         )
     if result.status is SolveStatus.STAGNATED:
         return "The residual stopped falling at the rounding level: use --dtype float64 or a larger --rtol."

@@ -53,6 +53,26 @@ def new_axes(width: float = 6.4, height: float = 3.8, projection: str | None = N
     return axes
 
 
+def axes_or_new(ax: Axes | None, width: float = 6.4, height: float = 3.8) -> Axes:
+    """Return `ax`, or new axes of that size (inches) where it is None.
+
+    Raises
+    ------
+    TypeError
+        A name of a file, or anything else that cannot be drawn into.
+    ImportError
+        matplotlib is missing.
+    """
+    if ax is None:
+        return new_axes(width, height)
+    if not hasattr(ax, "plot") or not hasattr(ax, "set_xlabel"):
+        raise TypeError(
+            f"plot: ax: expected matplotlib axes, got {type(ax).__name__}; to write a file call "
+            "kantor.plotting.save_figure(result.plot(), path)"
+        )
+    return ax
+
+
 def save_figure(ax: Axes, path: str | Path) -> None:
     """Write the figure that ``ax`` belongs to; the suffix of ``path`` chooses the format."""
     figure: Any = ax.figure  # axes of a subfigure would have no savefig; new_axes makes none
@@ -102,7 +122,7 @@ def plot_convergence(
             "plot_convergence: history.residual_norms must have shape (m,) or (m, batch) with m = "
             f"len(history.iterations), got {residuals.shape} for {iterations.shape}"
         )
-    ax = new_axes() if ax is None else ax
+    ax = axes_or_new(ax)
     residuals = np.where(np.isfinite(residuals) & (residuals > 0), residuals, np.nan)
     lines = ax.plot(iterations, residuals, **{"linewidth": 1.8, "solid_capstyle": "round", **line})
     first = residuals.reshape(len(iterations), -1)[:, 0] if residuals.size else np.empty(0)
@@ -172,7 +192,7 @@ def plot_minimization(
     if against not in axes:
         raise ValueError(f"plot_minimization: against: expected 'work', 'seconds' or 'points', got {against!r}")
     name, horizontal = axes[against]
-    ax = new_axes() if ax is None else ax
+    ax = axes_or_new(ax)
     norms, values = (np.atleast_2d(history[key])[0] for key in ("grad_norm", "fun"))
     above = values - values.min(initial=np.inf)
     positive = (np.where(np.isfinite(v) & (v > 0), v, np.nan) for v in (norms, above))
@@ -243,7 +263,7 @@ def plot_transport(
     if against not in axes:
         raise ValueError(f"plot_transport: against: expected 'seconds' or 'steps', got {against!r}")
     name, horizontal = axes[against]
-    ax = new_axes() if ax is None else ax
+    ax = axes_or_new(ax)
     errors = np.where(np.isfinite(errors) & (errors > 0), errors, np.nan)
     (drawn,) = ax.plot(horizontal, errors, **{"linewidth": 1.8, "solid_capstyle": "round", **line})
     changes = 1 + np.flatnonzero(np.diff(reg))
@@ -401,7 +421,7 @@ def plot_displacement_field(
             "plot_displacement_field: expected a picture (h, w), positions and images (k, 2), got "
             f"{picture.shape}, {positions.shape} and {images.shape}"
         )
-    ax = new_axes(5.4, 5.4 * picture.shape[0] / picture.shape[1] + 0.2) if ax is None else ax
+    ax = axes_or_new(ax, 5.4, 5.4 * picture.shape[0] / picture.shape[1] + 0.2)
     ax.imshow(picture, cmap="gray", vmin=0, alpha=0.75)
     # One arrow from each square of a coarse grid: its heaviest cell.
     edge = max(picture.shape) / _ARROWS

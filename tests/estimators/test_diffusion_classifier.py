@@ -226,6 +226,13 @@ def test_data_frames() -> None:
     [
         ({}, X, np.full(90, -1), ValueError, r"fit: y: expected labels of at least two classes, got 0 class"),
         ({}, X, np.where(Y == 0, 0, -1), ValueError, r"got 1 class; -1 means unknown: name a class otherwise"),
+        (
+            {},
+            X,
+            np.where(Y == 0, np.nan, Y),
+            ValueError,
+            r"y contains NaN.*fit: y: write -1 where the class is unknown",
+        ),
         ({}, X, np.linspace(0, 1, 90), ValueError, r"Unknown label type: continuous"),
         ({}, X[:2], Y[:2], ValueError, r"Found array with 2 sample\(s\) .* minimum of 3 is required"),
         ({}, X[:50], Y, ValueError, r"inconsistent numbers of samples"),

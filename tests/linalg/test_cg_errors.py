@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch import Tensor
 
 from devices import home
-from kantor.linalg import CSR, Dense, Diagonal, Stencil, cg
+from kantor.linalg import CSR, Dense, Diagonal, Multigrid, PoissonGrid, Stencil, cg, ic0, jacobi
 from kantor.linalg import Callable as CallableOperator
 from systems import F32, F64, csr_of, example_operators, random, solve, spd
 
@@ -330,3 +331,38 @@ def test_errors_leave_nothing_behind() -> None:
         with pytest.raises((TypeError, ValueError)):
             bad()
     assert torch.equal(solve(A, random(20), rtol=1e-10).x, before)
+
+
+@pytest.mark.parametrize(
+    ("M", "text"),
+    [
+        (jacobi, r"jacobi; pass jacobi\(A\) or 'jacobi'"),
+        (ic0, r"pass ic0\(A\) or 'ic0'"),
+        (Multigrid, r"pass Multigrid\(A\)"),
+    ],
+)
+def test_what_makes_a_preconditioner_is_none_itself(M, text):
+    with pytest.raises(TypeError, match=f"cg: M: expected an operator, got what makes one, .*{text}"):
+        cg(Stencil((4, 4)), torch.ones(16, dtype=torch.float64), M=M)
+
+
+def test_multigrid_says_which_grid_a_stencil_is():
+    with pytest.raises(TypeError, match=r"Multigrid: A: expected a PoissonGrid, got Stencil; .* air around them \(3\)"):
+        Multigrid(Stencil((4, 5)))
+    flags = torch.nn.functional.pad(torch.full((4, 5), 2), (1, 1, 1, 1), value=3)
+    grid, b = PoissonGrid(flags), torch.randn(6, 7, dtype=torch.float64)
+    torch.testing.assert_close(
+        cg(grid, b, M=Multigrid(grid), rtol=1e-12).x[1:-1, 1:-1], cg(Stencil((4, 5)), b[1:-1, 1:-1], rtol=1e-12).x
+    )
+
+
+@pytest.mark.parametrize(
+    ("b", "call"),
+    [
+        (np.ones(16), r"torch.from_numpy\(b\)"), ([1.0] * 16, r"torch.tensor\(b, dtype=torch.float64\)"),
+        (pandas.Series(np.ones(16)), r"torch.from_numpy\(b.to_numpy\(\)\)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_is_told_how_to_become_one(b, call):
+    with pytest.raises(TypeError, match=f"cg: b: expected a torch.Tensor, got .*; call {call}"):
+        cg(Stencil((4, 4)), b)

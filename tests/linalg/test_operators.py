@@ -373,3 +373,10 @@ def test_printing() -> None:
     assert repr(Stencil((2, 3))) == "Stencil(6 x 6, float64, cpu)"
     assert repr(csr_of(torch.eye(3))) == "CSR(3 x 3, float32, cpu, 3 entries)"
     assert "float32" in repr(2 * Dense(torch.eye(3)))
+
+
+def test_a_grid_of_one_number_is_told_what_a_shape_is():
+    with pytest.raises(TypeError, match=r"Stencil: shape: expected two or three numbers such as \(64, 64\), got int"):
+        Stencil(30)
+    line = Stencil((1, 5), weights=(0.0, 1.0)).to_csr().to_scipy().toarray()  # what the message advises
+    np.testing.assert_array_equal(line, 2 * np.eye(5) - np.eye(5, k=1) - np.eye(5, k=-1))

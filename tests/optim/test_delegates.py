@@ -352,3 +352,50 @@ def test_lbfgs_takes_torchs_own_path() -> None:
     optimizer.step(closure)
     torch.testing.assert_close(result.x, x.detach(), rtol=0, atol=0)
     assert result.n_grad == calls
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ({"jac": None}, "grad="),
+        ({"hessp": None}, "hvp="),
+        ({"args": ()}, "lambda"),
+        ({"bounds": []}, "no constraints"),
+        ({"options": {}}, "one by one"),
+    ],
+)
+@pytest.mark.parametrize("method", ["arncg", "gns", "lbfgs"])
+def test_names_of_scipy_are_told_what_they_are_called_here(words, advice, method):
+    with pytest.raises(TypeError, match=f"minimize: unexpected argument {next(iter(words))}: .*{advice}"):
+        minimize(torch.sum, torch.zeros(3, dtype=F64), method=method, **words)
+
+
+def quartic(x: Tensor) -> Tensor:
+    return x.pow(4).sum()
+
+
+def test_maxiter_is_an_option_of_scipy_alone():
+    with pytest.raises(TypeError, match="unexpected argument maxiter: it is called max_iter"):
+        minimize(quartic, torch.ones(3, dtype=F64), maxiter=3)
+    with pytest.warns(RuntimeWarning, match="minimize: max_iter"):
+        result = minimize(quartic, torch.ones(3, dtype=F64), method="trust-ncg", maxiter=3)
+    assert (result.status, result.n_iter) == ("max_iter", 3)
+
+
+def test_values_that_are_none_say_what_to_return():
+    start = torch.ones(3, dtype=F64)
+    with pytest.raises(TypeError, match="fun: expected a number, got None; return"):
+        minimize(lambda x: None, start)
+    with pytest.raises(ValueError, match=r"expected a scalar, got shape \(3,\); return a sum"):
+        minimize(lambda x: x**2, start)
+    with pytest.raises(TypeError, match="pass grad= and hvp=, or grad= alone with method='lbfgs'"):
+        minimize(lambda x: x @ x, np.ones(3))
+    result = minimize(lambda x: x @ x, np.ones(3), grad=lambda x: 2 * x, method="lbfgs")
+    assert result.converged
+
+
+@pytest.mark.parametrize("fun", [lambda x: np.sum(x**2), lambda x: (x.numpy() ** 2).sum()])
+def test_numpy_in_a_function_of_tensors_is_told_of(fun):
+    with pytest.raises((RuntimeError, TypeError)) as caught:
+        minimize(fun, torch.ones(3, dtype=F64))
+    assert "minimize: fun: got a torch tensor" in caught.value.__notes__[0]

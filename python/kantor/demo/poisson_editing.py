@@ -50,6 +50,7 @@ def solve_and_compare(name: str, A: LinearOperator, b: torch.Tensor) -> tuple[to
         include the factorisation.
     """
     import scipy.sparse.linalg
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     stored = A.to_csr()
     matrix = stored.to_scipy()
@@ -73,7 +74,10 @@ def solve_and_compare(name: str, A: LinearOperator, b: torch.Tensor) -> tuple[to
 
     plain, seconds = _best_of_three(lambda: cg(A, b, rtol=RTOL))
     preconditioned, ic0_seconds = _best_of_three(lambda: cg(A, b, M=ic0(stored), rtol=RTOL))
-    (expected, scipy_converged), scipy_seconds = _best_of_three(scipy_cg)
+    # Vectors this short gain nothing from several threads of BLAS, which wait for each other at length where other
+    # programs run; SciPy's products have one thread anyway.
+    with threadpool_limits(1, "blas"):
+        (expected, scipy_converged), scipy_seconds = _best_of_three(scipy_cg)
     solutions = (result.x.reshape(columns.shape).numpy() for result in (plain, preconditioned))
     row = (
         name,

@@ -54,7 +54,9 @@ def read_labels(labels: Any, n: int) -> Labels:
         )
     else:
         if getattr(labels, "ndim", 1) != 1:
-            raise ValueError(f"classify: labels: expected one dimension, got shape {tuple(labels.shape)}")
+            raise ValueError(
+                f"classify: labels: expected one dimension, got shape {tuple(labels.shape)}; pass one column"
+            )
         values = list(labels.tolist() if hasattr(labels, "tolist") else labels)
         if len(values) != n:
             raise ValueError(f"classify: labels: expected {n}, one a row, got {len(values)}; -1 or None where unknown")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kantor._checks import check_finite, check_tensor, host_array
-from kantor.plotting import new_axes
+from kantor.plotting import axes_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ def plot_graph(
         )
     if labels is not None and len(labels) != n:
         raise ValueError(f"Graph.plot: labels: expected {n} labels, one a node, got {len(labels)}")
-    ax = new_axes(5.4, 5.0) if ax is None else ax
+    ax = axes_or_new(ax, 5.4, 5.0)
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
 

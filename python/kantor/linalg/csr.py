@@ -184,7 +184,11 @@ class CSR(LinearOperator):
         try:
             matrix = mmread(path)
         except Exception as error:  # scipy's reader raises many types; all of them mean an unreadable file
-            raise ValueError(f"CSR.from_mtx: {path}: not a readable Matrix Market file: {error}") from error
+            raise ValueError(
+                f"CSR.from_mtx: {path}: not a readable Matrix Market file: {_without_stop(error)}; expected text that "
+                "begins with '%%MatrixMarket matrix coordinate real symmetric' or the like; scipy.io.mmwrite(path, A) "
+                "writes it"
+            ) from error
         if matrix.dtype.kind == "c":
             raise ValueError(f"CSR.from_mtx: {path}: complex entries are not supported; split real and imaginary parts")
         try:
@@ -250,3 +254,7 @@ class CSR(LinearOperator):
 
     def __repr__(self) -> str:
         return super().__repr__()[:-1] + f", {self.nnz} entries)"
+
+
+def _without_stop(error: Exception) -> str:
+    return str(error).rstrip(".") or type(error).__name__

@@ -137,7 +137,10 @@ class Multigrid(LinearOperator):
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Check and keep them; kernels (levels, 27) and factors (levels,) as native code takes them."""
         if not isinstance(A, PoissonGrid):
-            raise TypeError(f"Multigrid: A: expected a PoissonGrid, got {type(A).__name__}; use M='ic0' for matrices")
+            raise TypeError(
+                f"Multigrid: A: expected a PoissonGrid, got {type(A).__name__}; use M='ic0' for matrices and stencils, "
+                "or make a PoissonGrid of cells (2) with air around them (3), where x is zero"
+            )
         if smoother not in ("rbgs", "jacobi", "stencil"):
             raise ValueError(f"Multigrid: smoother: expected 'rbgs', 'jacobi' or 'stencil', got {smoother!r}")
         if not isinstance(sweeps, int) or not 1 <= sweeps <= 8:

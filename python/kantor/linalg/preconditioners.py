@@ -215,6 +215,10 @@ def as_preconditioner(M: Any, A: LinearOperator, like: Tensor, name: str = "cg: 
                 if A.shape[0] or M == "jacobi"
                 else Callable(torch.clone, 0, dtype=A.dtype, device=A.device)
             )
+    if M is jacobi or M is ic0 or (isinstance(M, type) and issubclass(M, LinearOperator)):
+        given = getattr(M, "__name__", "")
+        hint = f"{given}(A)" + (f" or {given!r}" if given in ("jacobi", "ic0") else "")
+        raise TypeError(f"{name}: expected an operator, got what makes one, {given}; pass {hint}")
     operator = as_operator(M, like=like)
     if operator.shape != A.shape:
         raise ValueError(f"{name}: expected shape {A.shape}, got {operator.shape}")

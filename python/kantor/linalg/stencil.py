@@ -25,6 +25,11 @@ class _GridOperator(LinearOperator):
     grid: tuple[int, ...]
 
     def _set_grid(self, name: str, shape: Sequence[int]) -> None:
+        if not isinstance(shape, Sequence):
+            raise TypeError(
+                f"{name}: shape: expected two or three numbers such as (64, 64), got {type(shape).__name__}; for one "
+                "dimension (1, n), with weights=(0, w)"
+            )
         grid = tuple(int(s) for s in shape)
         if len(grid) not in (2, 3):
             raise ValueError(f"{name}: shape: expected two or three dimensions, got {grid}")

@@ -123,9 +123,9 @@ class FitResult:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the losses against the epoch, and the validation accuracy, dotted (needs matplotlib, extra ``demo``)."""
-        from kantor.plotting import new_axes
+        from kantor.plotting import axes_or_new
 
-        ax = new_axes() if ax is None else ax
+        ax = axes_or_new(ax)
         epochs = np.arange(1, self.epochs + 1)
         names = {"loss": "training loss", "val_loss": "validation loss", "val_accuracy": "validation accuracy"}
         for name, label in names.items():

@@ -25,7 +25,9 @@ class _Shared:
         self.objective, self.recorder, self.tol = objective, recorder, tol
         self.point = self.best = objective.evaluate(objective.start)
         if not np.isfinite(self.point.f):
-            raise ValueError(f"{objective.name}: fun: expected a finite value at x0, got {self.point.f}")
+            raise ValueError(
+                f"{objective.name}: fun: expected a finite value at x0, got {self.point.f}; begin where fun is defined"
+            )
         G = norm(objective.gradient(self.point))
         if not np.isfinite(G):
             raise ValueError(f"{objective.name}: expected a finite gradient at x0, got norm {G}")

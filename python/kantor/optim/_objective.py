@@ -87,8 +87,10 @@ class Objective:
             raise ValueError(f"{name}: x0: expected finite values, got {start[~torch.isfinite(start)][0].item()}")
         if self.numpy and (grad is None or (second_order and hvp is None)):
             missing = "grad= and hvp=" if grad is None and second_order else "grad=" if grad is None else "hvp="
+            first_order = "" if not second_order or name != "minimize" else ", or grad= alone with method='lbfgs'"
             raise TypeError(
-                f"{name}: x0: a NumPy array has no automatic differentiation; pass {missing} or a torch tensor"
+                f"{name}: x0: a NumPy array has no automatic differentiation; pass {missing}{first_order}; or write "
+                "fun with torch and pass x0 as a tensor"
             )
         self.shape, self.batched, self.second_order = tuple(start.shape), batched, second_order
         self.start = start.detach().reshape((start.shape[0], -1) if batched else -1).clone()
@@ -110,7 +112,15 @@ class Objective:
             return Point(x, self._value(self.fun(self._copy(x))))
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            value = self.fun(leaf.view(self.shape))
+            try:
+                value = self.fun(leaf.view(self.shape))
+            except (RuntimeError, TypeError) as error:
+                if "numpy()" in str(error) or "unexpected keyword argument" in str(error):  # NumPy was handed a tensor
+                    error.add_note(
+                        f"{self.name}: fun: got a torch tensor, as x0 is one; write it with torch operations in place "
+                        "of NumPy's, or pass x0 as an array with grad= and hvp="
+                    )
+                raise
         point = Point(x, self._value(value), leaf, value)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise RuntimeError(
@@ -237,13 +247,20 @@ class Objective:
             )
 
     def _value(self, value: Any) -> Any:
+        if value is None:
+            raise TypeError(f"{self.name}: fun: expected a number, got None; return the value of the function")
         if not self.batched:
             if isinstance(value, Tensor):
                 if value.numel() != 1:
-                    raise ValueError(f"{self.name}: fun: expected a scalar, got shape {tuple(value.shape)}")
+                    raise ValueError(
+                        f"{self.name}: fun: expected a scalar, got shape {tuple(value.shape)}; return a sum, a mean or "
+                        "a norm"
+                    )
                 return value.item()
             if not isinstance(value, float) and np.size(value) != 1:
-                raise ValueError(f"{self.name}: fun: expected a scalar, got shape {np.shape(value)}")
+                raise ValueError(
+                    f"{self.name}: fun: expected a scalar, got shape {np.shape(value)}; return a sum, a mean or a norm"
+                )
             return float(value) if np.ndim(value) == 0 else float(np.reshape(value, ()))
         value = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
         if tuple(value.shape) != (self.problems,):

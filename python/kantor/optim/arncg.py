@@ -335,7 +335,9 @@ def drive(
     """Run the algorithm on one problem: the vectors and calls behind its requests."""
     point = objective.evaluate(objective.start)
     if not math.isfinite(point.f):
-        raise ValueError(f"{objective.name}: fun: expected a finite value at x0, got {point.f}")
+        raise ValueError(
+            f"{objective.name}: fun: expected a finite value at x0, got {point.f}; begin where fun is defined"
+        )
     g = objective.gradient(point)
     G = norm(g)
     if not math.isfinite(G):

@@ -130,7 +130,7 @@ def minimize_gns(
     systems = Systems(B, solver, CappedSolver(objective.start) if negative_curvature else None)
     point = objective.evaluate(objective.start)
     if not math.isfinite(point.f):
-        raise ValueError(f"minimize_gns: fun: expected a finite value at x0, got {point.f}")
+        raise ValueError(f"minimize_gns: fun: expected a finite value at x0, got {point.f}; begin where fun is defined")
     G = B.dual_norm(objective.gradient(point))
     if not math.isfinite(G):
         raise ValueError(f"minimize_gns: expected a finite gradient at x0, got norm {G}")

@@ -21,6 +21,18 @@ from kantor.optim.gns import minimize_gns
 Method = Literal["arncg", "gns", "trust-krylov", "trust-ncg", "newton-cg", "lbfgs"]
 METHODS = ("arncg", "gns", *DELEGATED)
 
+# Arguments of scipy.optimize.minimize that have another name here, or none.
+_IN_SCIPY = {
+    "jac": "pass the gradient as grad=, or neither for torch's",
+    "hess": "pass products of the Hessian with vectors as hvp=fn(x, v)",
+    "hessp": "pass it as hvp=",
+    "args": "bind them: lambda x: fun(x, *args)",
+    "bounds": "there are no constraints; substitute the unknowns, or use scipy.optimize.minimize",
+    "constraints": "there are none; substitute the unknowns, or use scipy.optimize.minimize",
+    "options": "pass them one by one",
+    "maxiter": "it is called max_iter",
+}
+
 
 def minimize(
     fun: Callable[[Any], Any],
@@ -139,6 +151,8 @@ def minimize(
     """
     if method not in METHODS:
         raise ValueError(f"minimize: method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if foreign := [name for name in options if name in _IN_SCIPY and (name != "maxiter" or method not in DELEGATED)]:
+        raise TypeError(f"minimize: unexpected argument {foreign[0]}: {_IN_SCIPY[foreign[0]]}")
     limits = _limits(tol, max_iter, max_hvp, max_seconds)
     if interrupt not in ("raise", "return"):
         raise ValueError(f"minimize: interrupt: expected 'raise' or 'return', got {interrupt!r}")

@@ -132,7 +132,12 @@ class DiffusionClassifier(ClassifierMixin, BaseEstimator):
         DiffusionClassifier
             Itself.
         """
-        X, y = validate_data(self, X, y, dtype=_FLOATS, ensure_min_samples=3)
+        try:
+            X, y = validate_data(self, X, y, dtype=_FLOATS, ensure_min_samples=3)
+        except ValueError as error:
+            if str(error).startswith("Input y contains NaN"):
+                raise ValueError(f"{error} DiffusionClassifier.fit: y: write -1 where the class is unknown") from error
+            raise
         known = ~_unknown(y)
         check_classification_targets(y[known])
         classes, numbers = np.unique(y[known], return_inverse=True)

@@ -61,7 +61,9 @@ def weights_of(call: str, like: Tensor, w: Any, size: int, name: str) -> Tensor:
     check_same(call, [("C" if call == "solve" else "X", like), (name, weights)])
     if weights.shape != (size,) and weights.shape != (*lead, size):
         batch = f" or {(*lead, size)}" if lead else ""
-        raise ValueError(f"{call}: {name}: expected shape ({size},){batch}, got {tuple(weights.shape)}")
+        points = "; C is a matrix of costs: for two sets of points call solve_sample" if call == "solve" else ""
+        hint = points if weights.ndim == 2 and not batch else ""
+        raise ValueError(f"{call}: {name}: expected shape ({size},){batch}, got {tuple(weights.shape)}{hint}")
     return weights
 
 

@@ -1,0 +1,6 @@
+"""``python -m kantor``: the command line."""
+
+from kantor.cli import main
+
+if __name__ == "__main__":
+    main()
