@@ -138,10 +138,9 @@ def iterate(A: Tensor, method: str, steps: int | None, dtype: torch.dtype | None
             dtype = torch.bfloat16
     coefficients, safety = _coefficients(method, steps, dtype)
     small = small and dtype in (torch.float32, torch.float64) and not (A.is_cuda and dtype is torch.float64)
-    if not small or X.dtype is torch.float64:  # else the native code adds up squares of float32 in double
-        X = over_largest(X, (1, 2))[0]
     if small:
-        X = X.to(dtype).contiguous()
+        # The native code adds up squares of float32 in double.
+        X = (over_largest(X, (1, 2))[0] if X.dtype is torch.float64 else X).to(dtype).contiguous()
         out = torch.empty_like(X)
         native.msign_small(X, coefficients, safety, out, torch.get_num_threads())
     else:
@@ -170,27 +169,33 @@ def _coefficients(method: str, steps: int | None, dtype: torch.dtype) -> tuple[C
 
 def _by_products(X: Tensor, coefficients: Coefficients, safety: float, dtype: torch.dtype) -> Tensor:
     """Iterate by torch's matrix products: on CUDA batched, on the CPU one matrix after the other, on all threads."""
-    norm = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=torch.float64)
-    scale = torch.where(norm > 0, 1 / (safety * norm), 0.0)
-    X = (X * scale.to(X.dtype)).to(dtype).contiguous()
     if X.is_cuda:
+        X = _normalised(X, safety, dtype)
         for a, b, c in coefficients:
             A = X @ X.mT
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
         return X
     # Two copies of one matrix, A and its polynomial are all the memory that is touched.
-    other = torch.empty_like(X[0])
-    A, P = (X.new_empty(X.shape[1], X.shape[1]) for _ in range(2))
-    for matrix in X:
-        here, there = matrix, other
+    out = torch.empty(X.shape, dtype=dtype)
+    other = torch.empty_like(out[0])
+    A, P = (out.new_empty(X.shape[1], X.shape[1]) for _ in range(2))
+    for source, target in zip(X, out, strict=True):
+        here, there = _normalised(source[None], safety, dtype)[0], other
         for a, b, c in coefficients:
             torch.mm(here, here.mT, out=A)
             torch.addmm(A, A, A, beta=b, alpha=c, out=P)
             torch.addmm(here, P, here, beta=a, out=there)
             here, there = there, here
-        if here is not matrix:
-            matrix.copy_(here)
-    return X
+        target.copy_(here)
+    return out
+
+
+def _normalised(X: Tensor, safety: float, dtype: torch.dtype) -> Tensor:
+    """Each matrix of the batch over its Frobenius norm, times 1 / safety."""
+    X = over_largest(X, (1, 2))[0]
+    norm = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    scale = torch.where(norm > 0, 1 / (safety * norm), 0.0)
+    return (X * scale.to(X.dtype)).to(dtype).contiguous()
 
 
 # --- exactly ---
