@@ -40,7 +40,7 @@ def bench(
         Path | None, typer.Argument(metavar="NEW", help="With --compare: another run, in place of measuring.")
     ] = None,
     size: Annotated[
-        Size, typer.Option(help="small: about a minute. full: sizes that matter, many minutes.")
+        Size, typer.Option(help="small: one or two minutes. full: sizes that matter, many minutes.")
     ] = Size.small,
     only: Annotated[
         list[str] | None, typer.Option(help=f"Cases: {', '.join(CASES)}; may be repeated, or joined by commas.")
