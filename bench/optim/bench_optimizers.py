@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from kantor.bench.cases.optimizers import OPTIMIZERS, digits_network
 from kantor.bench.tables import Table
+from kantor.demo.optimizers import NextByte
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 # --- tasks ---
@@ -67,23 +68,6 @@ def digits(convolutional: bool, seed: int, options: argparse.Namespace) -> Task:
     return Task(model, [(x[rows], y[rows]) for order in orders for rows in order.split(128)], measure)
 
 
-class ByteModel(nn.Module):
-    """The next byte from the last 15, by three causal convolutions over embedded bytes."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(128, width)
-        self.layers = nn.ModuleList(nn.Conv1d(width, width, 3, dilation=2**k) for k in range(3))
-        self.head = nn.Linear(width, 128)
-
-    def forward(self, text: Tensor) -> Tensor:
-        """Logits (batch, 128, length)."""
-        h = self.embedding(text).mT
-        for k, layer in enumerate(self.layers):
-            h = h + torch.tanh(layer(pad(h, (2 * 2**k, 0))))
-        return self.head(h.mT).mT
-
-
 def source_code(characters: int = 400_000) -> Tensor:
     """ASCII from the standard library, its modules in alphabetic order."""
     text = ""
@@ -110,7 +94,7 @@ def bytes_task(seed: int, options: argparse.Namespace) -> Task:
 
     def model() -> nn.Module:
         torch.manual_seed(seed)
-        return ByteModel()
+        return NextByte(64)
 
     def measure(net: nn.Module) -> tuple[float, float]:
         losses = [float(cross_entropy(net(x), y)) for x, y in check[0]]
